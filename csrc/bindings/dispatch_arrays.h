@@ -1,0 +1,35 @@
+// The three integer arrays of a numoe.Dispatch, checked and viewed: the core indexes memory with them.
+#pragma once
+
+#include <string>
+
+#include "bindings/arrays.h"
+#include "numoe/dispatch.h"
+
+namespace numoe::bindings {
+
+inline void check_range(std::span<const std::int32_t> values, Index limit, const char* name) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] < 0 || values[i] >= limit) {
+      throw py::value_error(std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(values[i]) +
+                            " is not in 0.." + std::to_string(limit - 1) + "; use a Dispatch made by numoe.dispatch");
+    }
+  }
+}
+
+// Binds M; needs T, K and E to be bound.
+inline DispatchView dispatch_view(Dims& dims, const py::array& offset_, const py::array& row_token_,
+                                  const py::array& row_assignment_) {
+  dims.bind("E+1", dims["E"] + 1);
+  DispatchView view{dims.vector<std::int64_t>(offset_, "offsets", "E+1"),
+                    dims.vector<std::int32_t>(row_token_, "row_token", "M"),
+                    dims.vector<std::int32_t>(row_assignment_, "row_assignment", "M")};
+  bool ascending = view.offset.front() == 0 && view.offset.back() == view.num_rows();
+  for (Index e = 0; e < view.num_experts(); ++e) ascending = ascending && view.rows(e) >= 0;
+  if (!ascending) throw py::value_error("offsets must ascend from 0 to the number of rows; use numoe.dispatch");
+  check_range(view.row_token, dims["T"], "row_token");
+  check_range(view.row_assignment, dims["T"] * dims["K"], "row_assignment");
+  return view;
+}
+
+}  // namespace numoe::bindings

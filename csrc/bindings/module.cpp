@@ -1,0 +1,71 @@
+// numoe._core: four topics, threads and targets.  Private; the public functions are Python.
+#include "bindings/arrays.h"
+#include "numoe/kernels/kernels.h"
+#include "numoe/parallel.h"
+
+namespace numoe::bindings {
+
+void bind_router(py::module_& m);
+void bind_dispatch(py::module_& m);
+void bind_experts(py::module_& m);
+void bind_losses(py::module_& m);
+
+namespace {
+
+bool interpreter_is_going_away() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+// Ctrl-C: runs Python's pending signal handlers; they raise in the main thread only.
+void check_signals() {
+  if (interpreter_is_going_away()) return;
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+py::list targets() {
+  py::list list;
+  for (const KernelTable* table : kernel_tables()) {
+    list.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
+                         py::arg("supported") = table->supported()));
+  }
+  return list;
+}
+
+py::dict build_info() {
+  return py::dict(py::arg("compiler") = NUMOE_COMPILER, py::arg("flags") = NUMOE_FLAGS,
+                  py::arg("build_type") = NUMOE_BUILD_TYPE, py::arg("eigen") = NUMOE_EIGEN_VERSION,
+                  py::arg("pybind11") = NUMOE_PYBIND11_VERSION);
+}
+
+// The value of NUMOE_NUM_THREADS if it cannot be understood, else None.
+py::object start_threads() {
+  const char* complaint = nullptr;
+  const int wanted = num_threads_from_environment(&complaint);
+  if (wanted > 0) set_default_num_threads(wanted);
+  set_interrupt_check(check_signals);
+  return complaint ? py::object(py::str(complaint)) : py::none();
+}
+
+}  // namespace
+}  // namespace numoe::bindings
+
+PYBIND11_MODULE(_core, m) {
+  using namespace numoe;
+  kernel_table();  // an unknown NUMOE_TARGET fails here, with its sentence, and not in the middle of a run
+  bindings::bind_router(m);
+  bindings::bind_dispatch(m);
+  bindings::bind_experts(m);
+  bindings::bind_losses(m);
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, bindings::py::arg("n"));
+  m.def("available_cpus", &available_cpus);
+  m.def("target", [] { return kernel_table().name; });
+  m.def("targets", &bindings::targets);
+  m.def("build_info", &bindings::build_info);
+  m.attr("bad_num_threads") = bindings::start_threads();
+}

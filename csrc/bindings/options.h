@@ -1,0 +1,20 @@
+// Names of the Python configuration → enumerations of the core.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "bindings/arrays.h"
+
+namespace numoe::bindings {
+
+template <class Enum>
+Enum parse(const std::string& name, const char* argument, std::initializer_list<std::pair<const char*, Enum>> known) {
+  for (const auto& [text, value] : known) {
+    if (name == text) return value;
+  }
+  throw py::value_error(std::string(argument) + "='" + name + "' is unknown");
+}
+
+}  // namespace numoe::bindings

@@ -1,0 +1,213 @@
+#include "numoe/dispatch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "numoe/kernels/kernels.h"
+#include "numoe/parallel.h"
+
+namespace numoe {
+namespace {
+
+// One capacity group under construction: free places per expert, and the rule "first come, first served".
+template <class T>
+class Admission {
+ public:
+  Admission(MatrixView<const std::int32_t> indices, MatrixView<const T> weights, Index num_experts,
+            MatrixView<bool> kept)
+      : indices_(indices), weights_(weights), kept_(kept), free_(static_cast<std::size_t>(num_experts)) {}
+
+  void run(const CapacityGroup& group, Priority priority) {
+    std::fill(free_.begin(), free_.end(), group.capacity);
+    switch (priority) {
+      case Priority::position: return by_position(group);
+      case Priority::choice: return by_choice(tokens_of(group));
+      case Priority::probability: return by_probability(group);
+      case Priority::batch: return by_choice(tokens_by_best_weight(group));
+    }
+  }
+
+ private:
+  void offer(Index t, Index k) {
+    const std::int32_t expert = indices_(t, k);
+    const bool admitted = expert >= 0 && free_[static_cast<std::size_t>(expert)] > 0;
+    if (admitted) --free_[static_cast<std::size_t>(expert)];
+    kept_(t, k) = admitted;
+  }
+
+  void by_position(const CapacityGroup& group) {
+    for (Index t = group.begin; t < group.end; ++t) {
+      for (Index k = 0; k < indices_.cols; ++k) offer(t, k);
+    }
+  }
+
+  void by_choice(const std::vector<Index>& tokens) {
+    for (Index k = 0; k < indices_.cols; ++k) {
+      for (Index t : tokens) offer(t, k);
+    }
+  }
+
+  // Largest weight first, so that each expert's places go to its largest weights; ties to the earlier token.
+  void by_probability(const CapacityGroup& group) {
+    const Index K = indices_.cols;
+    std::vector<Index> order(static_cast<std::size_t>((group.end - group.begin) * K));
+    std::iota(order.begin(), order.end(), group.begin * K);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](Index a, Index b) { return above(weights_(a / K, a % K), weights_(b / K, b % K)); });
+    for (Index assignment : order) offer(assignment / K, assignment % K);
+  }
+
+  static std::vector<Index> tokens_of(const CapacityGroup& group) {
+    std::vector<Index> tokens(static_cast<std::size_t>(group.end - group.begin));
+    std::iota(tokens.begin(), tokens.end(), group.begin);
+    return tokens;
+  }
+
+  std::vector<Index> tokens_by_best_weight(const CapacityGroup& group) const {
+    std::vector<Index> tokens = tokens_of(group);
+    std::stable_sort(tokens.begin(), tokens.end(), [&](Index a, Index b) { return above(best(a), best(b)); });
+    return tokens;
+  }
+
+  T best(Index t) const {
+    T largest = weights_(t, 0);
+    for (Index k = 1; k < weights_.cols; ++k) largest = above(weights_(t, k), largest) ? weights_(t, k) : largest;
+    return largest;
+  }
+
+  // a > b with NaN below everything: a strict weak order for every bit pattern, as std::stable_sort needs.
+  static bool above(T a, T b) { return a > b || (a == a && b != b); }
+
+  MatrixView<const std::int32_t> indices_;
+  MatrixView<const T> weights_;
+  MatrixView<bool> kept_;
+  std::vector<Index> free_;  // (E,)
+};
+
+bool is_kept(MatrixView<const bool> kept, Index t, Index k) { return !kept || kept(t, k); }
+
+}  // namespace
+
+template <class T>
+void keep_within_capacity(MatrixView<const std::int32_t> indices, MatrixView<const T> weights, Index num_experts,
+                          std::span<const CapacityGroup> groups, Priority priority, MatrixView<bool> kept) {
+  Admission<T> admission(indices, weights, num_experts, kept);
+  for (const CapacityGroup& group : groups) admission.run(group, priority);
+}
+
+void count_assignments(MatrixView<const std::int32_t> indices, MatrixView<const bool> kept,
+                       std::span<std::int64_t> counts) {
+  const auto num_experts = static_cast<std::int64_t>(counts.size());
+  std::fill(counts.begin(), counts.end(), 0);
+  for (Index t = 0; t < indices.rows; ++t) {
+    for (Index k = 0; k < indices.cols; ++k) {
+      const std::int32_t expert = indices(t, k);
+      if (expert < -1 || expert >= num_experts) {
+        throw std::out_of_range("indices[" + std::to_string(t) + ", " + std::to_string(k) +
+                                "] = " + std::to_string(expert) +
+                                " is out of range for num_experts = " + std::to_string(num_experts) +
+                                " (-1 means not routed)");
+      }
+      if (expert >= 0 && is_kept(kept, t, k)) ++counts[static_cast<std::size_t>(expert)];
+    }
+  }
+}
+
+void sort_by_expert(MatrixView<const std::int32_t> indices, MatrixView<const bool> kept,
+                    std::span<const std::int64_t> offset, std::span<std::int32_t> row_token,
+                    std::span<std::int32_t> row_assignment, MatrixView<std::int32_t> assignment_row) {
+  std::vector<std::int64_t> next(offset.begin(), offset.end() - 1);
+  for (Index t = 0; t < indices.rows; ++t) {
+    for (Index k = 0; k < indices.cols; ++k) {
+      const std::int32_t expert = indices(t, k);
+      if (expert < 0 || !is_kept(kept, t, k)) {
+        assignment_row(t, k) = -1;
+        continue;
+      }
+      const std::int64_t row = next[static_cast<std::size_t>(expert)]++;
+      row_token[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(t);
+      row_assignment[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(t * indices.cols + k);
+      assignment_row(t, k) = static_cast<std::int32_t>(row);
+    }
+  }
+}
+
+template <class T>
+void renormalize_kept(MatrixView<const T> weights, MatrixView<const std::int32_t> assignment_row, T scale,
+                      MatrixView<T> out) {
+  for (Index t = 0; t < weights.rows; ++t) {
+    T sum = 0;
+    for (Index k = 0; k < weights.cols; ++k) sum += assignment_row(t, k) >= 0 ? weights(t, k) : T(0);
+    for (Index k = 0; k < weights.cols; ++k) {
+      out(t, k) = assignment_row(t, k) >= 0 && sum != 0 ? scale * weights(t, k) / sum : T(0);
+    }
+  }
+}
+
+template <class T>
+void renormalize_kept_backward(MatrixView<const T> weights, MatrixView<const std::int32_t> assignment_row, T scale,
+                               MatrixView<const T> dout, MatrixView<T> dweights) {
+  for (Index t = 0; t < weights.rows; ++t) {
+    T sum = 0, mean = 0;  // mean = Σ_j dout_j v_j / Σ v
+    for (Index k = 0; k < weights.cols; ++k) {
+      if (assignment_row(t, k) < 0) continue;
+      sum += weights(t, k);
+      mean += dout(t, k) * weights(t, k);
+    }
+    if (sum != 0) mean /= sum;
+    // out_k = scale * v_k / Σ v  ⇒  dv_k = scale / Σ v * (dout_k - mean)
+    for (Index k = 0; k < weights.cols; ++k) {
+      const bool live = assignment_row(t, k) >= 0 && sum != 0;
+      dweights(t, k) = live ? scale / sum * (dout(t, k) - mean) : T(0);
+    }
+  }
+}
+
+template <class T>
+void combine(MatrixView<const T> rows, const DispatchView& dispatch, MatrixView<const T> weights, MatrixView<T> y) {
+  constexpr Index cols_per_task = 64;  // a task owns its columns: it adds all rows to them, in ascending order
+  parallel_ranges(y.cols, cols_per_task, [&](Index col, Index col_end) {
+    const Index cols = col_end - col;
+    for (Index t = 0; t < y.rows; ++t) std::fill_n(y.row(t) + col, cols, T(0));
+    for (Index r = 0; r < dispatch.num_rows(); ++r) {
+      const T weight = weights ? weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]] : T(1);
+      const Index token = dispatch.row_token[static_cast<std::size_t>(r)];
+      kernels<T>().axpy(cols, weight, rows.row(r) + col, y.row(token) + col);
+    }
+  });
+}
+
+template <class T>
+void combine_backward(MatrixView<const T> dy, MatrixView<const T> rows, const DispatchView& dispatch,
+                      MatrixView<const T> weights, MatrixView<T> drows, MatrixView<T> dweights) {
+  std::fill_n(dweights.data, dweights.rows * dweights.cols, T(0));
+  constexpr Index rows_per_task = 64;
+  parallel_ranges(dispatch.num_rows(), rows_per_task, [&](Index begin, Index end) {
+    for (Index r = begin; r < end; ++r) {
+      const auto row = static_cast<std::size_t>(r);
+      const Index assignment = dispatch.row_assignment[row];
+      const T weight = weights ? weights.data[assignment] : T(1);
+      const T* source = dy.row(dispatch.row_token[row]);
+      for (Index j = 0; j < dy.cols; ++j) drows(r, j) = weight * source[j];
+      dweights.data[assignment] = kernels<T>().dot(dy.cols, source, rows.row(r));
+    }
+  });
+}
+
+#define NUMOE_INSTANTIATE(T)                                                                                          \
+  template void keep_within_capacity(MatrixView<const std::int32_t>, MatrixView<const T>, Index,                     \
+                                     std::span<const CapacityGroup>, Priority, MatrixView<bool>);            \
+  template void renormalize_kept(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<T>);             \
+  template void renormalize_kept_backward(MatrixView<const T>, MatrixView<const std::int32_t>, T,                    \
+                                          MatrixView<const T>, MatrixView<T>);                                       \
+  template void combine(MatrixView<const T>, const DispatchView&, MatrixView<const T>, MatrixView<T>);               \
+  template void combine_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&, MatrixView<const T>, \
+                                 MatrixView<T>, MatrixView<T>);
+NUMOE_INSTANTIATE(float)
+NUMOE_INSTANTIATE(double)
+#undef NUMOE_INSTANTIATE
+
+}  // namespace numoe

@@ -1,0 +1,155 @@
+// Activations, their derivatives, axpy and dot on vector lanes.
+//
+// Tails run through the same vector code on a padded copy, so an element's bits do not depend on where it stands.
+#pragma once
+
+#include "numoe/kernels/kernels.h"
+#include "numoe/kernels/lanes.h"
+#include "numoe/kernels/tile.h"
+
+namespace numoe {
+namespace {
+
+// act(v) and act'(v), lane by lane.
+template <class V>
+struct Activated {
+  V value, slope;
+};
+
+// v·σ(scale·v) and its slope, from s = σ(scale·v) and the slope of scale·v.  Beyond ±saturation the limits, so that
+// infinities give 0 and ±inf instead of inf·0.
+template <class T, int N>
+inline Activated<Lanes<T, N>> gated(Lanes<T, N> v, Lanes<T, N> s, Lanes<T, N> inner_slope) {
+  using V = Lanes<T, N>;
+  const V limit = V{} + Float<T>::saturation;
+  const V value = v * s;
+  const V slope = s + value * (T(1) - s) * inner_slope;
+  return {v < -limit ? V{} : (v > limit ? v : value), v < -limit ? V{} : (v > limit ? V{} + T(1) : slope)};
+}
+
+template <class T, int N>
+inline Activated<Lanes<T, N>> gelu_erf(Lanes<T, N> v) {
+  using V = Lanes<T, N>;
+  V cdf;
+  for (int i = 0; i < N; ++i) cdf[i] = T(0.5) * std::erfc(-v[i] * T(0.70710678118654752440));  // Φ(v)
+  const V density = T(0.39894228040143267794) * exp<T, N>(T(-0.5) * v * v);                     // φ(v)
+  const V limit = V{} + Float<T>::saturation;
+  const V value = v * cdf, slope = cdf + v * density;
+  return {v < -limit ? V{} : (v > limit ? v : value), v < -limit ? V{} : (v > limit ? V{} + T(1) : slope)};
+}
+
+template <Activation A, class T, int N>
+inline Activated<Lanes<T, N>> act(Lanes<T, N> v) {
+  using V = Lanes<T, N>;
+  const V one = V{} + T(1);
+  if constexpr (A == Activation::silu) {
+    return gated<T, N>(v, sigmoid<T, N>(v), one);
+  } else if constexpr (A == Activation::quick_gelu) {
+    return gated<T, N>(v, sigmoid<T, N>(T(1.702) * v), T(1.702) * one);
+  } else if constexpr (A == Activation::gelu_tanh) {  // ½(1 + tanh u) = σ(2u)
+    const T c = T(1.59576912160573071176);            // 2·√(2/π)
+    return gated<T, N>(v, sigmoid<T, N>(c * (v + T(0.044715) * v * v * v)), c * (one + T(3 * 0.044715) * v * v));
+  } else if constexpr (A == Activation::gelu) {
+    return gelu_erf<T, N>(v);
+  } else if constexpr (A == Activation::relu) {
+    return {v < V{} ? V{} : v, v > V{} ? one : V{}};
+  } else {
+    const V positive = v < V{} ? V{} : v;
+    return {positive * positive, T(2) * positive};
+  }
+}
+
+// Calls f(position, count) for whole vectors and once for the tail.
+template <int N, class F>
+inline void for_lanes(Index n, F f) {
+  Index i = 0;
+  for (; i + N <= n; i += N) f(i, N);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+template <class T, int N>
+inline Lanes<T, N> load_some(const T* p, int count) {
+  if (count == N) return load<Lanes<T, N>>(p);
+  Lanes<T, N> v{};
+  std::memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
+  return v;
+}
+template <class T, int N>
+inline void store_some(T* p, Lanes<T, N> v, int count) {
+  std::memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <Activation A, class T, int N>
+void activate_as(Index n, const T* pre, const T* linear, T* h) {
+  for_lanes<N>(n, [=](Index i, int count) {
+    const auto a = act<A, T, N>(load_some<T, N>(pre + i, count)).value;
+    store_some<T, N>(h + i, linear ? a * load_some<T, N>(linear + i, count) : a, count);
+  });
+}
+
+// h = act(pre) * linear  ⇒  dpre = dh * linear * act'(pre), dlinear = dh * act(pre)
+template <Activation A, class T, int N>
+void activate_backward_as(Index n, const T* pre, const T* linear, const T* dh, T* h, T* dpre, T* dlinear) {
+  for_lanes<N>(n, [=](Index i, int count) {
+    const auto a = act<A, T, N>(load_some<T, N>(pre + i, count));
+    const auto d = load_some<T, N>(dh + i, count);
+    if (!linear) {
+      store_some<T, N>(h + i, a.value, count);
+      store_some<T, N>(dpre + i, d * a.slope, count);
+      return;
+    }
+    const auto l = load_some<T, N>(linear + i, count);
+    store_some<T, N>(h + i, a.value * l, count);
+    store_some<T, N>(dpre + i, d * l * a.slope, count);
+    store_some<T, N>(dlinear + i, d * a.value, count);
+  });
+}
+
+// Turns the run-time Activation into the compile-time one: f.template operator()<A>().
+template <class F>
+inline void with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::silu: return f.template operator()<Activation::silu>();
+    case Activation::gelu: return f.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
+    case Activation::relu: return f.template operator()<Activation::relu>();
+    case Activation::relu2: return f.template operator()<Activation::relu2>();
+    case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
+  }
+}
+
+template <class T, int N>
+void activate(Activation activation, Index n, const T* pre, const T* linear, T* h) {
+  with_activation(activation, [=]<Activation A>() { activate_as<A, T, N>(n, pre, linear, h); });
+}
+template <class T, int N>
+void activate_backward(Activation activation, Index n, const T* pre, const T* linear, const T* dh, T* h, T* dpre,
+                       T* dlinear) {
+  with_activation(activation,
+                  [=]<Activation A>() { activate_backward_as<A, T, N>(n, pre, linear, dh, h, dpre, dlinear); });
+}
+
+template <class T, int N>
+void axpy(Index n, T alpha, const T* x, T* y) {
+  for_lanes<N>(n, [=](Index i, int count) {
+    store_some<T, N>(y + i, load_some<T, N>(y + i, count) + alpha * load_some<T, N>(x + i, count), count);
+  });
+}
+
+template <class T, int N>
+T dot(Index n, const T* a, const T* b) {
+  Lanes<T, N> sums{};
+  for_lanes<N>(n, [&](Index i, int count) { sums += load_some<T, N>(a + i, count) * load_some<T, N>(b + i, count); });
+  T total = 0;
+  for (int i = 0; i < N; ++i) total += sums[i];
+  return total;
+}
+
+// The whole table of one target: N lanes per vector register, tiles of R rows.
+template <class T, int N, int R>
+constexpr Kernels<T> make_kernels() {
+  return {R, 2 * N, Tile<T, N, R>::run, activate<T, N>, activate_backward<T, N>, axpy<T, N>, dot<T, N>};
+}
+
+}  // namespace
+}  // namespace numoe

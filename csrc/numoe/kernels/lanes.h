@@ -1,0 +1,94 @@
+// Lanes<T, N>: N numbers in one vector register, and the few functions on them that the kernels need.
+//
+// Included by one .cpp file per CPU target and compiled there with that target's flags, so everything lives in an
+// anonymous namespace: the linker must never merge two targets' code.  No standard headers with templates here.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace numoe {
+namespace {
+
+template <class T, int N>
+struct LanesOf {
+  using Real [[gnu::vector_size(N * sizeof(T))]] = T;
+};
+template <class T, int N>
+using Lanes = typename LanesOf<T, N>::Real;
+
+template <class T>
+struct Float;  // the integers and constants that belong to a floating-point type
+template <>
+struct Float<float> {
+  using Int = std::int32_t;
+  static constexpr int mantissa_bits = 23, exponent_bias = 127;
+  static constexpr float log2e = 1.44269504088896341f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
+  static constexpr float round_magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
+  static constexpr float exp_min = -87.3f, exp_max = 88.7f;
+  static constexpr float saturation = 104.0f;  // σ(-v) underflows beyond
+  static constexpr int exp_degree = 7;         // Taylor on |r| <= ln2/2: remainder < 2^-26
+};
+template <>
+struct Float<double> {
+  using Int = std::int64_t;
+  static constexpr int mantissa_bits = 52, exponent_bias = 1023;
+  static constexpr double log2e = 1.44269504088896340736;
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double round_magic = 6755399441055744.0;  // 1.5 · 2^52
+  static constexpr double exp_min = -708.0, exp_max = 709.7;
+  static constexpr double saturation = 746.0;
+  static constexpr int exp_degree = 13;  // remainder < 2^-56
+};
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
+
+// eˣ to about 1 ulp; 0 below exp_min (results there would be subnormal), inf above exp_max, NaN for NaN.
+template <class T, int N>
+inline Lanes<T, N> exp(Lanes<T, N> x) {
+  using F = Float<T>;
+  using V = Lanes<T, N>;
+  using I = Lanes<typename F::Int, N>;
+  const V too_small = V{} + F::exp_min, too_large = V{} + F::exp_max;
+  const V inside = x < too_small ? too_small : (x > too_large ? too_large : x);
+  const V shifted = inside * F::log2e + F::round_magic;  // n = round(x / ln 2) in its low bits
+  const V n = shifted - F::round_magic;
+  const V r = (inside - n * F::ln2_high) - n * F::ln2_low;
+  V series = V{} + T(1.0 / factorial(F::exp_degree));
+#pragma GCC unroll 16
+  for (int k = F::exp_degree - 1; k >= 0; --k) series = series * r + T(1.0 / factorial(k));
+  const I exponent = __builtin_convertvector(n, I);
+  // 2ⁿ as two factors, each within the normal range
+  const I half = exponent >> 1;
+  const I first = (half + F::exponent_bias) << F::mantissa_bits;
+  const I second = (exponent - half + F::exponent_bias) << F::mantissa_bits;
+  V scale1, scale2;
+  std::memcpy(&scale1, &first, sizeof first);
+  std::memcpy(&scale2, &second, sizeof second);
+  const V value = series * scale1 * scale2;
+  const V infinite = V{} + static_cast<T>(INFINITY);
+  return x < too_small ? V{} : (x > too_large ? infinite : (x == x ? value : x));
+}
+
+// 1 / (1 + e⁻ˣ)
+template <class T, int N>
+inline Lanes<T, N> sigmoid(Lanes<T, N> x) {
+  return T(1) / (T(1) + exp<T, N>(-x));
+}
+
+}  // namespace
+}  // namespace numoe

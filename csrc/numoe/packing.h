@@ -1,0 +1,119 @@
+// Operands in the order in which the register tile reads them.
+//
+// A product c (m, n) = a (m, k) · b (k, n) is computed as  row tiles of a  ×  panels of b:
+//   row tile  [k][height]  height <= R rows, all k; m rows are cut into ceil(m / R) tiles of nearly equal height
+//   panel     [k][W]       W columns, all k; the last panel of a matrix is padded with zeros
+// Gathering, transposing and scaling happen while packing, so one register tile serves every product of the layer.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "numoe/kernels/kernels.h"
+#include "numoe/view.h"
+
+namespace numoe {
+
+// Element (i, j) is data[row(i) * row_stride + col(j) * col_stride] * row_scale[i] * col_scale[j], where row(i) is
+// row_index[i] if given, and absent scales are 1.
+template <class T>
+struct Operand {
+  const T* data = nullptr;
+  Index row_stride = 0;
+  Index col_stride = 1;
+  const std::int32_t* row_index = nullptr;
+  const std::int32_t* col_index = nullptr;
+  const T* row_scale = nullptr;
+  const T* col_scale = nullptr;
+
+  const T* row(Index i) const { return data + (row_index ? row_index[i] : i) * row_stride; }
+  const T* col(Index j) const { return data + (col_index ? col_index[j] : j) * col_stride; }
+};
+
+template <class T>
+Operand<T> operand(MatrixView<const T> a) {
+  return {a.data, a.stride, 1};
+}
+template <class T>
+Operand<T> transposed(const Operand<T>& a) {
+  return {a.data, a.col_stride, a.row_stride, a.col_index, a.row_index, a.col_scale, a.row_scale};
+}
+
+// How `rows` rows are cut into tiles of at most `max_height`: all heights equal or differing by one.
+struct RowTiles {
+  Index rows;
+  Index max_height;
+
+  Index count() const { return (rows + max_height - 1) / max_height; }
+  Index begin(Index tile) const { return tile * rows / count(); }
+  Index height(Index tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+// Rows [row, row + height) of a, all `depth` columns → [depth][height].
+template <class T>
+void pack_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
+  if (a.row_stride == 1 && !a.row_index && !a.row_scale) {  // a transposed matrix: runs of `height` lie together
+    for (Index k = 0; k < depth; ++k) {
+      const T* source = a.col(k) + row;
+      const T factor = a.col_scale ? a.col_scale[k] : T(1);
+      for (Index r = 0; r < height; ++r) packed[k * height + r] = factor * source[r];
+    }
+    return;
+  }
+  for (Index r = 0; r < height; ++r) {
+    const T* source = a.row(row + r);
+    const T factor = a.row_scale ? a.row_scale[row + r] : T(1);
+    for (Index k = 0; k < depth; ++k) {
+      packed[k * height + r] = factor * (a.col_scale ? a.col_scale[k] : T(1)) * source[k * a.col_stride];
+    }
+  }
+}
+
+inline Index num_panels(Index cols, Index width) { return (cols + width - 1) / width; }
+
+// Columns [col, col + cols) of b, all `depth` rows → panels [depth][width].  No product of the layer scales its b.
+template <class T>
+void pack_panels(const Operand<T>& b, Index depth, Index col, Index cols, Index width, T* packed) {
+  if (b.col_stride == 1 && !b.col_index) {  // row by row through all panels: b's rows may be pages apart
+    for (Index k = 0; k < depth; ++k) {
+      const T* source = b.row(k) + col;
+      for (Index j = 0; j < cols; j += width) {
+        T* target = packed + j * depth + k * width;
+        const Index valid = std::min(width, cols - j);
+        std::memcpy(target, source + j, static_cast<std::size_t>(valid) * sizeof(T));
+        std::fill(target + valid, target + width, T(0));
+      }
+    }
+    return;
+  }
+  for (Index j = 0; j < num_panels(cols, width) * width; ++j) {
+    T* target = packed + j / width * width * depth + j % width;
+    if (j < cols) {
+      const T* source = b.col(col + j);
+      for (Index k = 0; k < depth; ++k) target[k * width] = source[k * b.row_stride];
+    } else {
+      for (Index k = 0; k < depth; ++k) target[k * width] = T(0);
+    }
+  }
+}
+
+// How many columns of a (depth, cols) operand one task packs at a time: what fits into half of a second-level cache,
+// and few enough that `tasks` tasks have work.  The choice never changes a result, only who computes it.
+template <class T>
+Index column_block(Index depth, Index cols, Index width, Index tasks) {
+  constexpr Index cache_bytes = 256 * 1024;
+  const Index fitting = cache_bytes / (std::max<Index>(depth, 1) * static_cast<Index>(sizeof(T)));
+  const Index shared = (cols + tasks - 1) / tasks;
+  return std::max<Index>(width, std::min(fitting, shared + width - 1) / width * width);
+}
+
+// This thread's scratch number `Slot`: at least `size` uninitialised numbers, kept until the thread ends.
+template <class T, int Slot>
+T* scratch(Index size) {
+  thread_local Buffer<T> buffer;
+  if (buffer.size() < size) buffer = Buffer<T>(size);
+  return buffer.data();
+}
+
+}  // namespace numoe

@@ -1,0 +1,82 @@
+// Borrowed row-major views and one aligned owner: the library's whole vocabulary for memory.
+// Letters (T tokens, D d_model, F d_ff, E experts, K choices, M dispatched rows) are those of the README's legend.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <span>
+#include <stdexcept>
+#include <utility>
+
+namespace numoe {
+
+using Index = std::ptrdiff_t;
+static_assert(sizeof(Index) == 8, "numoe needs a 64-bit platform");
+
+// rows × cols numbers; row i starts at data + i * stride.
+template <class T>
+struct MatrixView {
+  T* data = nullptr;
+  Index rows = 0;
+  Index cols = 0;
+  Index stride = 0;
+
+  T* row(Index i) const { return data + i * stride; }
+  T& operator()(Index i, Index j) const { return data[i * stride + j]; }
+  operator MatrixView<const T>() const { return {data, rows, cols, stride}; }
+  explicit operator bool() const { return data != nullptr; }  // false: an optional matrix that is absent
+};
+
+// count contiguous matrices of one shape: the experts' weights (E, D, F).
+template <class T>
+struct Tensor3View {
+  T* data = nullptr;
+  Index count = 0;
+  Index rows = 0;
+  Index cols = 0;
+
+  MatrixView<T> operator[](Index i) const { return {data + i * rows * cols, rows, cols, cols}; }
+  operator Tensor3View<const T>() const { return {data, count, rows, cols}; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// a * b, or std::length_error where the product does not fit: sizes come from users.
+inline Index checked_product(Index a, Index b) {
+  if (a != 0 && b > std::numeric_limits<Index>::max() / a) throw std::length_error("array size overflows 64 bits");
+  return a * b;
+}
+
+// Owner of `size` uninitialised numbers, aligned to a cache line; throws std::bad_alloc.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(Index size)
+      : data_(size == 0 ? nullptr
+                        : static_cast<T*>(::operator new(static_cast<std::size_t>(checked_product(size, sizeof(T))),
+                                                         std::align_val_t{64}))),
+        size_(size) {}
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  Index size() const { return size_; }
+  T& operator[](Index i) { return data_[i]; }
+  const T& operator[](Index i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  Index size_ = 0;
+};
+
+}  // namespace numoe

@@ -1,0 +1,104 @@
+"""Arrays in: every user array passes through here once and comes out as the core wants it.
+
+C-contiguous, aligned, native byte order, of the layer's dtype - copied only where that is not so already.  What cannot be
+meant (objects, complex numbers, masks that would be lost) is refused with the argument's name and a way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> FloatArray:
+    """`x` as a floating-point array ready for the core.
+
+    Any floating dtype is converted to `dtype` (default: float32 and float64 stay, others become float32); a value that
+    was finite and would become infinite raises ``ValueError``.
+    """
+    array = _plain_array(x, name)
+    if array.dtype.kind != "f" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; pass float32 or float64, e.g. np.asarray({name}, dtype=np.float32)."
+        )
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got shape {array.shape}.")
+    if dtype is None:
+        dtype = array.dtype.newbyteorder("=") if array.dtype.name in ("float32", "float64") else np.float32
+    return _convert(array, name, np.dtype(dtype))
+
+
+def _plain_array(x: Any, name: str) -> npt.NDArray[Any]:
+    """`x` as an ndarray; subclasses that mean something else, and what NumPy cannot read, are refused."""
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array and its mask would be lost; pass {name}.filled(0) and mask=~{name}.mask.")
+    if isinstance(x, np.matrix):
+        raise TypeError(f"{name} is a np.matrix, which is always 2-D and multiplies differently; pass np.asarray({name}).")
+    if x is None or isinstance(x, str | bytes | dict | set):
+        raise TypeError(f"{name} must be an array of numbers; got {type(x).__name__}.")
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a rectangular array of numbers: {error}") from None
+    except (RuntimeError, TypeError) as error:  # torch: requires grad, or not on the CPU
+        raise TypeError(
+            f"{name} ({type(x).__name__}) cannot become a NumPy array: {error}  "
+            "(a torch tensor needs .detach().cpu() first)"
+        ) from None
+
+
+def _convert(array: npt.NDArray[Any], name: str, dtype: np.dtype[Any]) -> FloatArray:
+    if array.dtype != dtype:
+        narrower = dtype.itemsize < array.dtype.itemsize
+        with np.errstate(over="ignore"):
+            converted = array.astype(dtype)
+        if narrower and bool(np.any(np.isinf(converted) & np.isfinite(array))):
+            raise ValueError(
+                f"{name} holds {array.dtype} values beyond the range of {dtype} (largest magnitude "
+                f"{np.max(np.abs(array[np.isfinite(array)])):.3g}); rescale it or use a {array.dtype} layer."
+            )
+        array = converted
+    return np.require(array, requirements=["C", "A"])
+
+
+def as_mask(mask: Any, num_tokens: int, name: str = "mask") -> BoolArray:
+    """A padding mask (T,) of bools, ``True`` for real tokens; any shape with T elements is flattened."""
+    array = _plain_array(mask, name)
+    if array.dtype != np.bool_:
+        raise TypeError(f"{name} must be an array of bools, True for real tokens; got dtype {array.dtype}.")
+    if array.size != num_tokens:
+        raise ValueError(f"{name} must have one entry per token ({num_tokens}); got shape {array.shape}.")
+    return np.require(array.reshape(num_tokens), requirements=["C", "A"])
+
+
+def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArray:
+    """Chosen experts (T, K) as int32, each in ``0..E-1`` or -1 for "not routed"; anything else names its position."""
+    array = _plain_array(indices, name)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an array of ints; got dtype {array.dtype}.")
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have shape (T, K); got {array.shape}.")
+    bad = (array < -1) | (array >= num_experts) if array.dtype.kind == "i" else array >= num_experts
+    if bad.any():
+        t, k = (int(i) for i in np.argwhere(bad)[0])
+        raise IndexError(
+            f"{name}[{t}, {k}] = {array[t, k]} is out of range for num_experts = {num_experts} (-1 means not routed)."
+        )
+    return np.require(array, np.int32, requirements=["C", "A"])
+
+
+def check_distinct(indices: IntArray, name: str = "indices") -> None:
+    """A token may visit an expert once only."""
+    ordered = np.sort(indices, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        t, k = (int(i) for i in np.argwhere(twice)[0])
+        raise ValueError(f"{name}[{t}] chooses expert {ordered[t, k]} twice; the choices of one token must be distinct.")

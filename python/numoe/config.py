@@ -1,0 +1,498 @@
+"""Settings of an MoE layer: frozen, keyword-only, checked once here and assumed valid everywhere else.
+
+The options are orthogonal; a published model is a *value* of them, never a branch in the code.  Letters are those of
+the legend in :mod:`numoe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SCORES = ("softmax", "softmax_chosen", "sigmoid", "sqrt_softplus")
+NORMALIZATIONS = ("none", "sum", "l2")
+EPS_MODES = ("add", "max")
+GROUP_SCORES = ("max", "top2_sum")
+ROUNDINGS = ("ceil", "floor", "nearest")
+PRIORITIES = ("position", "choice", "probability", "batch")
+FORMS = ("glu", "mlp")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
+WEIGHT_ON = ("output", "input")
+SHARED_GATES = ("none", "sigmoid")
+AUX_LOSSES = ("switch", "gshard", "megatron", "hf", "deepseek-sequence", "importance", "load", "z")
+DTYPES = ("float32", "float64")
+
+_MAX_ELEMENTS = 2**46  # of one parameter; far beyond memory, far below what overflows 64-bit byte counts
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int in ``low..high``; bools, floats and strings are refused."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {value!r} ({type(value).__name__}).") from None
+    if number < low and high is None:
+        raise ValueError(f"{name} must be >= {low}; got {number}.")
+    if high is not None and not low <= number <= high:
+        raise ValueError(f"{name} must be in {low}..{high}; got {number}.")
+    return number
+
+
+def _real(name: str, value: Any, *, low: float = 0.0, strict: bool = False, high: float = math.inf) -> float:
+    """`value` as a finite float with ``low <= value <= high`` (``low < value`` if `strict`)."""
+    if isinstance(value, bool | np.bool_ | str | bytes) or not np.isscalar(value):
+        raise TypeError(f"{name} must be a real number; got {value!r} ({type(value).__name__}).")
+    try:
+        number = float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a real number; got {value!r} ({type(value).__name__}).") from None
+    if not math.isfinite(number) or number < low or (strict and number == low) or number > high:
+        bound = f"{'>' if strict else '>='} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
+        raise ValueError(f"{name} must be finite and {bound}; got {number}.")
+    return number
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`; the message lists them and suggests the closest."""
+    if isinstance(value, str) and value in choices:
+        return value
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    kind: type[Exception] = ValueError if isinstance(value, str) else TypeError
+    raise kind(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.{hint}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {value!r} ({type(value).__name__}).")
+    return bool(value)
+
+
+def as_dtype(value: Any) -> np.dtype[Any]:
+    """The layer dtype meant by `value`: native float32 or float64, anything else is refused with a sentence."""
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}.") from None
+    dtype = dtype.newbyteorder("=")
+    if dtype.name not in DTYPES or value is None:
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}.")
+    return dtype
+
+
+class _Checked:
+    """Assigns checked values inside ``__post_init__`` of a frozen dataclass."""
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(_Checked):
+    r"""How a token chooses its experts and how much each of them counts.
+
+    With router logits ``z = x @ w_router (+ b_router)``, shape (T, E), a score ``s(z)``, and the chosen set ``S`` of K
+    experts with the largest ``s`` (plus ``choice_bias``, which never enters the weight):
+
+    .. math:: weight_{tk} = scale \cdot norm_S(s(z))_{tk}
+
+    Parameters
+    ----------
+    num_experts, top_k : int
+        E and K, ``1 <= K <= E``.
+    score : {"softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"}
+        Softmax over all E logits; softmax over the K chosen logits only; elementwise sigmoid (DeepSeek-V3); or
+        ``sqrt(softplus(z))`` (DeepSeek-V4).
+    normalize : {"sum", "none", "l2"}
+        Divide the chosen scores by their sum, by nothing, or by their 2-norm.  ``softmax`` + ``sum`` is Mixtral and
+        equals ``softmax_chosen``; with ``eps = 0`` it is computed in log space and cannot give 0/0.
+    normalize_eps : float
+        Added to the divisor (``eps_mode="add"``, 1e-20 in DeepSeek-V3) or a floor for it (``"max"``, 1e-12 in ERNIE).
+    eps_mode : {"add", "max"}
+    scale : float
+        Factor on the weights (2.5 in DeepSeek-V3).
+    linear_bias : bool
+        Learn ``b_router`` (E,), added to the logits (GPT-OSS).
+    choice_bias : bool
+        Keep the buffer ``choice_bias`` (E,): added to the scores for *choosing* only (loss-free balancing).
+    num_groups, groups_kept : int
+        Group-limited routing (DeepSeek-V2/V3): E is cut into `num_groups` equal runs of experts, the best
+        `groups_kept` groups stay, experts of the others cannot be chosen.
+    group_score : {"top2_sum", "max"}
+        A group's score: sum of its two best (biased) scores, or its best one.
+    jitter : float
+        The router's input is multiplied by U[1 - jitter, 1 + jitter] when ``rng=`` is given (Switch).
+    noise_std : float
+        N(0, noise_std²) is added to the logits when ``rng=`` is given.
+    frozen : bool
+        The gradients of ``w_router`` and ``b_router`` are exactly 0 (the router's input still gets its gradient).
+    """
+
+    num_experts: int
+    top_k: int
+    score: str = "softmax"
+    normalize: str = "sum"
+    normalize_eps: float = 0.0
+    eps_mode: str = "add"
+    scale: float = 1.0
+    linear_bias: bool = False
+    choice_bias: bool = False
+    num_groups: int = 1
+    groups_kept: int = 1
+    group_score: str = "top2_sum"
+    jitter: float = 0.0
+    noise_std: float = 0.0
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        experts = _integer("num_experts", self.num_experts, 1, 2**31 - 1)
+        if _integer("top_k", self.top_k, -(2**62)) not in range(1, experts + 1):
+            raise ValueError(f"top_k must be in 1..num_experts ({experts}); got {self.top_k}.")
+        self._set(
+            num_experts=experts,
+            top_k=int(self.top_k),
+            score=_choice("score", self.score, SCORES),
+            normalize=_choice("normalize", self.normalize, NORMALIZATIONS),
+            normalize_eps=_real("normalize_eps", self.normalize_eps),
+            eps_mode=_choice("eps_mode", self.eps_mode, EPS_MODES),
+            scale=_real("scale", self.scale, strict=True),
+            linear_bias=_flag("linear_bias", self.linear_bias),
+            choice_bias=_flag("choice_bias", self.choice_bias),
+            num_groups=_integer("num_groups", self.num_groups, 1, experts),
+            groups_kept=_integer("groups_kept", self.groups_kept, 1),
+            group_score=_choice("group_score", self.group_score, GROUP_SCORES),
+            jitter=_real("jitter", self.jitter, high=1.0),
+            noise_std=_real("noise_std", self.noise_std),
+            frozen=_flag("frozen", self.frozen),
+        )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        groups, kept, experts = self.num_groups, self.groups_kept, self.num_experts
+        if experts % groups:
+            raise ValueError(f"num_groups must divide num_experts ({experts}); got {groups}.")
+        if kept > groups:
+            raise ValueError(f"groups_kept must be in 1..num_groups ({groups}); got {kept}.")
+        if self.top_k > kept * (experts // groups):
+            raise ValueError(
+                f"top_k must be <= groups_kept * experts per group ({kept} * {experts // groups} = "
+                f"{kept * (experts // groups)}); got {self.top_k}."
+            )
+        if groups > 1 and self.group_score == "top2_sum" and experts // groups < 2:
+            raise ValueError(
+                f"group_score='top2_sum' needs at least 2 experts per group; num_experts / num_groups = "
+                f"{experts // groups}.  Use group_score='max'."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchConfig(_Checked):
+    r"""How many rows an expert accepts, and who is dropped when more come.  The default drops nobody.
+
+    .. math:: C = \max(min\_capacity,\; round(capacity\_factor \cdot K \cdot T / E))
+
+    rounded up to a multiple of `capacity_multiple_of`; T counts the unmasked tokens of one capacity group.
+
+    Parameters
+    ----------
+    capacity_factor : float, optional
+        ``None``: no limit, unless `capacity` is given.
+    capacity : int, optional
+        A fixed C instead of a factor; 0 drops everything.
+    min_capacity, capacity_multiple_of : int
+    capacity_rounding : {"ceil", "floor", "nearest"}
+    capacity_times_k : bool
+        ``False`` leaves K out of the formula (T5X, Praxis).
+    capacity_per : "batch", "sequence" or int
+        The group of tokens that shares one C per expert: all tokens, one sequence (the last batch axis), or runs of
+        this many tokens.
+    drop_priority : {"position", "choice", "probability", "batch"}
+        Who gets in first.  "position": token by token; "choice": all first choices, then all second choices (GShard);
+        "probability": the largest weights of each expert (Megatron); "batch": tokens ordered by their largest weight,
+        then choice by choice (batch-prioritised routing, V-MoE).  Ties go to the earlier token.
+    renormalize_after_drop : bool
+        Weights of the surviving choices are divided by their sum (NLLB) instead of keeping their values (GShard).
+    """
+
+    capacity_factor: float | None = None
+    capacity: int | None = None
+    min_capacity: int = 0
+    capacity_rounding: str = "ceil"
+    capacity_multiple_of: int = 1
+    capacity_times_k: bool = True
+    capacity_per: str | int = "batch"
+    drop_priority: str = "position"
+    renormalize_after_drop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.capacity is not None and self.capacity_factor is not None:
+            raise ValueError("capacity and capacity_factor exclude each other; give one of them.")
+        if self.capacity_factor is not None:
+            factor = _real("capacity_factor", self.capacity_factor, strict=True)
+            self._set(capacity_factor=factor)
+        if self.capacity is not None:
+            self._set(capacity=_integer("capacity", self.capacity, 0))
+        per = self.capacity_per
+        if not isinstance(per, str):
+            per = _integer("capacity_per", per, 1)
+        elif per not in ("batch", "sequence"):
+            raise ValueError(f"capacity_per must be 'batch', 'sequence' or a number of tokens; got {per!r}.")
+        self._set(
+            min_capacity=_integer("min_capacity", self.min_capacity, 0),
+            capacity_rounding=_choice("capacity_rounding", self.capacity_rounding, ROUNDINGS),
+            capacity_multiple_of=_integer("capacity_multiple_of", self.capacity_multiple_of, 1),
+            capacity_times_k=_flag("capacity_times_k", self.capacity_times_k),
+            capacity_per=per,
+            drop_priority=_choice("drop_priority", self.drop_priority, PRIORITIES),
+            renormalize_after_drop=_flag("renormalize_after_drop", self.renormalize_after_drop),
+        )
+
+    @property
+    def dropless(self) -> bool:
+        """True if no assignment can be dropped."""
+        return self.capacity is None and self.capacity_factor is None
+
+    def group_capacity(self, num_tokens: int, router: RouterConfig) -> int | None:
+        """C for a capacity group of `num_tokens` unmasked tokens; ``None`` if dropless.
+
+        >>> DispatchConfig(capacity_factor=1.25).group_capacity(64, RouterConfig(num_experts=8, top_k=2))
+        20
+        """
+        if self.dropless:
+            return None
+        if self.capacity is not None:
+            size = self.capacity
+        else:
+            assert self.capacity_factor is not None
+            choices = router.top_k if self.capacity_times_k else 1
+            exact = self.capacity_factor * choices * num_tokens / router.num_experts
+            rounding = {"ceil": math.ceil, "floor": math.floor, "nearest": round}[self.capacity_rounding]
+            size = max(self.min_capacity, int(rounding(exact)))
+        step = self.capacity_multiple_of
+        return -(-size // step) * step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig(_Checked):
+    r"""What one expert computes.
+
+    ======  =================================================================
+    "glu"   ``(act(x @ w_gate + b_gate) * (x @ w_up + b_up)) @ w_down + b_down``
+    "mlp"   ``act(x @ w_up + b_up) @ w_down + b_down``
+    ======  =================================================================
+
+    Parameters
+    ----------
+    d_ff : int
+        F, the width inside an expert.
+    form : {"glu", "mlp"}
+    activation : {"silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"}
+        ``relu2`` is relu(v)²; ``quick_gelu`` is v·sigmoid(1.702 v).
+    bias : bool
+        Learn ``b_gate`` (E, F), ``b_up`` (E, F) and ``b_down`` (E, D).
+    weight_on : {"output", "input"}
+        Multiply the expert's output by the routing weight, or its input (Llama-4).
+    """
+
+    d_ff: int
+    form: str = "glu"
+    activation: str = "silu"
+    bias: bool = False
+    weight_on: str = "output"
+
+    def __post_init__(self) -> None:
+        self._set(
+            d_ff=_integer("d_ff", self.d_ff, 1, 2**31 - 1),
+            form=_choice("form", self.form, FORMS),
+            activation=_choice("activation", self.activation, ACTIVATIONS),
+            bias=_flag("bias", self.bias),
+            weight_on=_choice("weight_on", self.weight_on, WEIGHT_ON),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpertConfig(_Checked):
+    """An expert that every token visits; its output is added to the routed one.
+
+    Several shared experts of width d are one shared expert of width n·d, which is how released models store them.
+
+    Parameters
+    ----------
+    d_ff : int
+        S, the width inside the shared expert.
+    gate : {"none", "sigmoid"}
+        "sigmoid" multiplies its output by ``sigmoid(x @ w_shared_score)`` (Qwen2-MoE).
+    form, activation : str
+        As in `ExpertConfig`.
+    """
+
+    d_ff: int
+    gate: str = "none"
+    form: str = "glu"
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        self._set(
+            d_ff=_integer("shared d_ff", self.d_ff, 1, 2**31 - 1),
+            gate=_choice("shared gate", self.gate, SHARED_GATES),
+            form=_choice("shared form", self.form, FORMS),
+            activation=_choice("shared activation", self.activation, ACTIVATIONS),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(_Checked):
+    """Everything that defines an MoE layer except its numbers.
+
+    Parameters
+    ----------
+    d_model : int
+        D, the width of a token.
+    router : RouterConfig
+    experts : ExpertConfig
+    dispatch : DispatchConfig
+    shared : SharedExpertConfig, optional
+    aux_losses : mapping of str to float
+        Loss name → coefficient, e.g. ``{"switch": 1e-2, "z": 1e-3}``.  Names: see `numoe.losses`.
+    dtype : dtype-like
+        float32 or float64, of parameters, activations and results.
+    """
+
+    d_model: int
+    router: RouterConfig
+    experts: ExpertConfig
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    shared: SharedExpertConfig | None = None
+    aux_losses: Mapping[str, float] = field(default_factory=dict)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("router", RouterConfig), ("experts", ExpertConfig), ("dispatch", DispatchConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}; got {type(getattr(self, name)).__name__}.")
+        if self.shared is not None and not isinstance(self.shared, SharedExpertConfig):
+            raise TypeError(f"shared must be a SharedExpertConfig or None; got {type(self.shared).__name__}.")
+        if not isinstance(self.aux_losses, Mapping):
+            raise TypeError(
+                "aux_losses must map loss names to coefficients, e.g. {'switch': 0.01}; "
+                f"got {type(self.aux_losses).__name__}."
+            )
+        losses = {
+            _choice("aux_losses name", name, AUX_LOSSES): _real(f"aux_losses[{name!r}]", coefficient)
+            for name, coefficient in self.aux_losses.items()
+        }
+        self._set(
+            d_model=_integer("d_model", self.d_model, 1, 2**31 - 1),
+            aux_losses=losses,
+            dtype=as_dtype(self.dtype).name,
+        )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if "load" in self.aux_losses and self.router.noise_std == 0.0:
+            raise ValueError("aux_losses 'load' estimates the load under noise; it needs noise_std > 0.")
+        if self.dispatch.renormalize_after_drop and self.router.normalize != "sum":
+            raise ValueError(
+                f"renormalize_after_drop=True needs normalize='sum'; got normalize={self.router.normalize!r}."
+            )
+        for name, shape in self.param_shapes().items():
+            if math.prod(shape) > _MAX_ELEMENTS:
+                raise ValueError(
+                    f"{name} {shape} would hold {math.prod(shape):,} numbers "
+                    f"({math.prod(shape) * np.dtype(self.dtype).itemsize:,} bytes); that is more than numoe can address."
+                )
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every learned parameter, in their documented order.
+
+        >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1).param_shapes()
+        {'w_router': (4, 2), 'w_gate': (2, 4, 8), 'w_up': (2, 4, 8), 'w_down': (2, 8, 4)}
+        """
+        D, E, F = self.d_model, self.router.num_experts, self.experts.d_ff
+        shapes: dict[str, tuple[int, ...]] = {"w_router": (D, E)}
+        if self.router.linear_bias:
+            shapes["b_router"] = (E,)
+        glu = self.experts.form == "glu"
+        if glu:
+            shapes["w_gate"] = (E, D, F)
+        shapes |= {"w_up": (E, D, F), "w_down": (E, F, D)}
+        if self.experts.bias:
+            shapes |= ({"b_gate": (E, F)} if glu else {}) | {"b_up": (E, F), "b_down": (E, D)}
+        if self.shared is not None:
+            S = self.shared.d_ff
+            if self.shared.form == "glu":
+                shapes["w_shared_gate"] = (D, S)
+            shapes |= {"w_shared_up": (D, S), "w_shared_down": (S, D)}
+            if self.shared.gate == "sigmoid":
+                shapes["w_shared_score"] = (D,)
+        return shapes
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of the arrays that are state but have no gradient (the choice bias)."""
+        return {"choice_bias": (self.router.num_experts,)} if self.router.choice_bias else {}
+
+    def num_params(self) -> int:
+        """All learned numbers of the layer."""
+        return sum(math.prod(shape) for shape in self.param_shapes().values())
+
+    def num_active_params(self) -> int:
+        """Learned numbers that one token uses: K of the E experts, and everything else."""
+        shapes = self.param_shapes()
+        of_experts = sum(math.prod(s) for n, s in shapes.items() if n in EXPERT_PARAMS)
+        return self.num_params() - of_experts + of_experts // self.router.num_experts * self.router.top_k
+
+    @classmethod
+    def from_options(cls, **options: Any) -> MoEConfig:
+        """The configuration from flat keywords: every field name of the four classes is unique, so it finds its place.
+
+        >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1, capacity_factor=1.5).dispatch.capacity_factor
+        1.5
+        """
+        parts: dict[type, dict[str, Any]] = {RouterConfig: {}, ExpertConfig: {}, DispatchConfig: {}}
+        own: dict[str, Any] = {}
+        homes = {f.name: part for part in parts for f in dataclasses.fields(part)}
+        known = [*homes, "d_model", "shared", "aux_losses", "dtype"]
+        for name, value in options.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else f" Known options: {', '.join(known)}."
+                raise TypeError(f"unknown option {name!r}.{hint}")
+            (parts[homes[name]] if name in homes else own)[name] = value
+        missing = [name for name in ("d_model", "d_ff", "num_experts", "top_k") if name not in options]
+        if missing:
+            raise TypeError(f"missing option{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}.")
+        return cls(
+            router=RouterConfig(**parts[RouterConfig]),
+            experts=ExpertConfig(**parts[ExpertConfig]),
+            dispatch=DispatchConfig(**parts[DispatchConfig]),
+            **own,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, ready for JSON; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:
+        """The configuration saved by `to_dict`; unknown or missing keys raise ``TypeError``."""
+        data = dict(data)
+        parts = {"router": RouterConfig, "experts": ExpertConfig, "dispatch": DispatchConfig}
+        shared = data.pop("shared", None)
+        return cls(
+            **{name: part(**data.pop(name)) for name, part in parts.items()},
+            shared=None if shared is None else SharedExpertConfig(**shared),
+            **data,
+        )
+
+
+EXPERT_PARAMS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")  # have a leading E axis

@@ -1,0 +1,175 @@
+"""What the chosen experts compute, on expert-sorted rows, and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numoe import _core
+from numoe._arrays import FloatArray, as_float
+from numoe.config import EXPERT_PARAMS, ExpertConfig
+from numoe.routing import Dispatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCache:
+    """What `experts_backward` needs of the forward: the rows before the activation.
+
+    Attributes
+    ----------
+    gate : (M, F) or None
+        ``x @ w_gate + b_gate``; None for plain MLP experts.
+    up : (M, F)
+        ``x @ w_up + b_up``.
+    """
+
+    gate: FloatArray | None
+    up: FloatArray | None
+
+
+def _options(config: ExpertConfig) -> _core.ExpertOptions:
+    return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
+
+
+def _of_experts(params: Mapping[str, Any], dtype: np.dtype[Any]) -> dict[str, FloatArray]:
+    """The experts' parameters of a layer; never copied, because they may be gigabytes and are read in place."""
+    chosen = {name: params[name] for name in EXPERT_PARAMS if name in params}
+    for name, value in chosen.items():
+        if not isinstance(value, np.ndarray) or value.dtype != dtype:
+            kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            raise TypeError(f"params[{name!r}] must be a {dtype} array like x; got {kind}.")
+    return chosen
+
+
+def experts_forward(
+    x: Any,
+    plan: Dispatch,
+    params: Mapping[str, Any],
+    config: ExpertConfig,
+    *,
+    weights: Any = None,
+    combined: bool = False,
+    keep_cache: bool = True,
+) -> tuple[FloatArray, ExpertCache]:
+    r"""Run every expert on its rows.
+
+    .. math:: rows_r = (act(x_t W^{gate}_e) \circ x_t W^{up}_e)\, W^{down}_e, \qquad t = token(r),\ e = expert(r)
+
+    (``form="mlp"``: :math:`act(x_t W^{up}_e)\,W^{down}_e`; biases are added where the parameters have them.)
+
+    Parameters
+    ----------
+    x : (T, D) float32 or float64
+    plan : Dispatch
+    params : mapping
+        ``w_gate`` (E, D, F), ``w_up`` (E, D, F), ``w_down`` (E, F, D), and optionally ``b_gate``, ``b_up`` (E, F),
+        ``b_down`` (E, D); C-contiguous arrays of x's dtype.  Other names are ignored.
+    config : ExpertConfig
+    weights : (T, K), optional
+        Needed for ``weight_on="input"``, and for ``combined=True`` unless all weights are 1.
+    combined : bool
+        Return the weighted sum per token (T, D) - `combine` fused into the last product, without a row buffer -
+        instead of the rows (M, D).
+    keep_cache : bool
+        Keep what the backward needs.
+
+    Returns
+    -------
+    rows (M, D) or y (T, D)
+    cache : ExpertCache
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter has another dtype, shape or memory order than stated.
+
+    Examples
+    --------
+    >>> import numpy as np, numoe
+    >>> layer = numoe.MoELayer(d_model=4, d_ff=8, num_experts=3, top_k=2, rng=0, dtype="float64")
+    >>> x = np.ones((5, 4))
+    >>> out = layer.forward(x)
+    >>> rows, _ = numoe.experts_forward(x, out.dispatch, layer.params, layer.config.experts)
+    >>> bool(np.all(numoe.combine(rows, out.dispatch, out.routing.weights) == out.y))
+    True
+    """
+    x = as_float(x, "x", ndim=2)
+    if weights is not None:
+        weights = as_float(weights, "weights", x.dtype, ndim=2)
+    if not combined and config.weight_on == "output":
+        weights = None  # they belong to combine
+    result, gate, up = _core.experts_forward(
+        x,
+        plan.offsets,
+        plan.row_token,
+        plan.row_assignment,
+        plan.top_k,
+        weights,
+        _of_experts(params, x.dtype),
+        _options(config),
+        combined,
+        keep_cache,
+    )
+    return result, ExpertCache(gate=gate, up=up)
+
+
+def experts_backward(
+    dresult: Any,
+    x: Any,
+    plan: Dispatch,
+    params: Mapping[str, Any],
+    config: ExpertConfig,
+    cache: ExpertCache,
+    *,
+    weights: Any = None,
+    combined: bool = False,
+) -> tuple[FloatArray, FloatArray | None, dict[str, FloatArray]]:
+    r"""The adjoint of `experts_forward`, with the same arguments and its cache.
+
+    With :math:`h = act(g) \circ u` and :math:`dh = w\,dy\,W_{down}^T`:
+    :math:`dW_{down} = \sum_r w\,h^T dy`, :math:`dW_{gate} = \sum_r x^T dg`, :math:`dW_{up} = \sum_r x^T du`,
+    :math:`dx = dg\,W_{gate}^T + du\,W_{up}^T`, and the weight's gradient is :math:`\langle dy\,W_{down}^T, h \rangle +
+    \langle dy, b_{down} \rangle`, so the experts' outputs need not be stored.
+
+    Returns
+    -------
+    dx : (T, D)
+    dweights : (T, K) or None
+        None if `weights` was None (or, with ``combined=False``, belongs to `combine_backward`).
+    dparams : dict
+        Same names and shapes as the experts' parameters; exactly 0 for experts without rows.
+
+    Examples
+    --------
+    >>> import numpy as np, numoe
+    >>> layer = numoe.MoELayer(d_model=4, d_ff=8, num_experts=3, top_k=2, rng=0, dtype="float64")
+    >>> x = np.ones((5, 4))
+    >>> plan = layer.forward(x).dispatch
+    >>> rows, cache = numoe.experts_forward(x, plan, layer.params, layer.config.experts)
+    >>> dx, _, dparams = numoe.experts_backward(np.ones_like(rows), x, plan, layer.params, layer.config.experts, cache)
+    >>> dx.shape, sorted(dparams)
+    ((5, 4), ['w_down', 'w_gate', 'w_up'])
+    """
+    x = as_float(x, "x", ndim=2)
+    dresult = as_float(dresult, "dy" if combined else "drows", x.dtype, ndim=2)
+    if weights is not None:
+        weights = as_float(weights, "weights", x.dtype, ndim=2)
+    if not combined and config.weight_on == "output":
+        weights = None
+    return _core.experts_backward(
+        dresult,
+        x,
+        plan.offsets,
+        plan.row_token,
+        plan.row_assignment,
+        plan.top_k,
+        weights,
+        _of_experts(params, x.dtype),
+        _options(config),
+        combined,
+        cache.gate,
+        cache.up,
+    )
