@@ -39,10 +39,12 @@ ExpertWeights<T> expert_weights(Dims& dims, const py::dict& params) {
   return w;
 }
 
-// A zeroed array shaped like params[name]; NumPy gets it from the kernel as untouched zero pages.
+// A zeroed array shaped like params[name].  np.zeros (unlike zeros_like) gets untouched zero pages from the system, so
+// gradients of idle experts cost nothing.
 template <class T>
 py::array_t<T> zeros_like(const py::dict& params, const char* name) {
-  return py::module_::import("numpy").attr("zeros_like")(params[name]);
+  const py::object value = params[name];
+  return py::module_::import("numpy").attr("zeros")(value.attr("shape"), value.attr("dtype"));
 }
 
 py::tuple bind_experts_forward(const py::array& x_, const py::array& offset_, const py::array& row_token_,

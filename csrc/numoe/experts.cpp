@@ -124,7 +124,8 @@ class Forward : Pipeline<T> {
   void run(ExpertCache<T> cache, MatrixView<T> result) {
     if (combined_) clear(result);
     for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, D_ + F_)) {
-      Buffer<T> inputs(rows_of(range) * D_), hidden(rows_of(range) * F_);
+      Workspace<T, 3> inputs(rows_of(range) * D_);
+      Workspace<T, 4> hidden(rows_of(range) * F_);
       this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
       up(range, inputs.data(), cache, hidden.data());
       down(range, hidden.data(), result);
@@ -253,7 +254,9 @@ class Backward : Pipeline<T> {
     if (grads_.weights) std::fill_n(grads_.weights.data, grads_.weights.rows * grads_.weights.cols, T(0));
     for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, 2 * D_ + 4 * F_)) {
       const Index numbers = rows_of(range) * F_;
-      Buffer<T> hidden(numbers), dgate(w_.glu() ? numbers : 0), dup(numbers);
+      Workspace<T, 4> hidden(numbers);
+      Workspace<T, 5> dgate(w_.glu() ? numbers : 0);
+      Workspace<T, 6> dup(numbers);
       down_backward(range, dup.data());
       activation_backward(range, hidden.data(), dgate.data(), dup.data());
       weight_gradients(range, hidden.data(), dgate.data(), dup.data());
@@ -273,7 +276,7 @@ class Backward : Pipeline<T> {
 
   // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
   void down_backward(const ExpertRange& range, T* dh) {
-    Buffer<T> dout(rows_of(range) * D_);
+    Workspace<T, 3> dout(rows_of(range) * D_);
     this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = column_block<T>(D_, F_, W_, num_threads());
     this->for_pieces(range, [&](Index) { return (F_ + block - 1) / block; }, [&](Index e, Index piece) {
@@ -352,7 +355,7 @@ class Backward : Pipeline<T> {
   template <class Left, class Right>
   void outer_products(const ExpertRange& range, Left left, Index m, Right right, Index n, Tensor3View<T> dw) {
     const Index padded = num_panels(n, W_) * W_;
-    Buffer<T> panels(rows_of(range) * padded);
+    Workspace<T, 7> panels(rows_of(range) * padded);
     this->for_pieces(range, [](Index) { return Index{1}; }, [&](Index e, Index) {
       pack_panels(right(e), dispatch_.rows(e), 0, n, W_, panels.data() + start(range, e, padded));
     });
@@ -380,14 +383,15 @@ class Backward : Pipeline<T> {
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
   void up_backward(const ExpertRange& range, const T* dgate, const T* dup) {
     const Index numbers = rows_of(range) * F_;
-    Buffer<T> packed_dgate(w_.glu() ? numbers : 0), packed_dup(numbers);
+    Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
+    Workspace<T, 9> packed_dup(numbers);
     const auto rows = [&](const T* data) {
       return [=, this, &range](Index e) { return Operand<T>{data + start(range, e, F_), F_, 1}; };
     };
     this->pack_rows(range, rows(dup), F_, packed_dup.data());
     if (w_.glu()) this->pack_rows(range, rows(dgate), F_, packed_dgate.data());
     const bool weighted = this->weight_on(WeightOn::input);
-    Buffer<T> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
+    Workspace<T, 10> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
     const Index block = column_block<T>(2 * F_, D_, W_, 2 * num_threads());
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);

@@ -108,12 +108,37 @@ Index column_block(Index depth, Index cols, Index width, Index tasks) {
   return std::max<Index>(width, std::min(fitting, shared + width - 1) / width * width);
 }
 
-// This thread's scratch number `Slot`: at least `size` uninitialised numbers, kept until the thread ends.
+// This thread's scratch number `Slot`: at least `size` uninitialised numbers, kept until the thread ends, so that calls
+// do not fault in fresh pages each time.  One slot has one user at a time: tasks use 0..2, whole calls (Workspace) the rest.
+template <class T, int Slot>
+Buffer<T>& scratch_buffer(Index size) {
+  thread_local Buffer<T> buffer;
+  if (buffer.size() < size) {
+    buffer = Buffer<T>();
+    buffer = Buffer<T>(size);
+  }
+  return buffer;
+}
 template <class T, int Slot>
 T* scratch(Index size) {
-  thread_local Buffer<T> buffer;
-  if (buffer.size() < size) buffer = Buffer<T>(size);
-  return buffer.data();
+  return scratch_buffer<T, Slot>(size).data();
 }
+
+// A call's own scratch; what one unusually large call needed is given back afterwards.
+template <class T, int Slot>
+class Workspace {
+ public:
+  explicit Workspace(Index size) : buffer_(scratch_buffer<T, Slot>(size)) {}
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    constexpr Index kept_bytes = Index{64} << 20;
+    if (buffer_.size() * static_cast<Index>(sizeof(T)) > kept_bytes) buffer_ = Buffer<T>();
+  }
+  T* data() { return buffer_.data(); }
+
+ private:
+  Buffer<T>& buffer_;
+};
 
 }  // namespace numoe

@@ -6,6 +6,7 @@ Nothing here needs a test framework.  All tolerances of the project are in `TOLE
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,8 @@ def assert_bitwise_equal(a: npt.ArrayLike, b: npt.ArrayLike, *, name: str = "") 
     if different.size == 0:
         return
     first = np.unravel_index(different[0], a.shape)
-    hex_a, hex_b = (v.astype(v.dtype.newbyteorder(">"))[first].tobytes().hex() for v in (a, b))
+    order = -1 if sys.byteorder == "little" else 1  # print the sign first
+    hex_a, hex_b = (v[different[0], ::order].tobytes().hex() for v in (bytes_a, bytes_b))
     raise AssertionError(
         f"{label}{different.size} of {a.size} values differ in their bits.\n"
         f"  first at {_place(first)}: {a[first]} ({hex_a}) and {b[first]} ({hex_b})"
@@ -234,20 +236,24 @@ class GradientReport:
     @property
     def ok(self) -> bool:
         """True if every array was compared somewhere and agrees."""
-        return not self._failures()
+        return not self._unchecked() and not self._wrong()
 
     def assert_ok(self) -> None:
         """Raise ``AssertionError`` with the table unless `ok`."""
         if not self.ok:
             raise AssertionError(str(self))
 
-    def _failures(self) -> list[str]:
-        unchecked = [c.name for c in self.checks if c.checked == 0 and 0 not in c.shape]
-        return unchecked + [c.name for c in self.checks if not c.error <= self.tolerance]
+    def _unchecked(self) -> list[str]:
+        return [c.name for c in self.checks if c.checked == 0 and 0 not in c.shape]
+
+    def _wrong(self) -> list[str]:
+        return [c.name for c in self.checks if not c.error <= self.tolerance]
 
     def __repr__(self) -> str:
-        worst, failures = self.worst, self._failures()
-        verdict = f"gradients differ: {', '.join(failures)}" if failures else "gradients agree"
+        worst = self.worst
+        verdict = f"gradients differ: {', '.join(self._wrong())}" if self._wrong() else "gradients agree"
+        if self._unchecked():
+            verdict += f"; no differentiable place found: {', '.join(self._unchecked())}"
         found = f"worst relative error {worst.error:.1e} ({worst.name})"
         head = f"{verdict}; {found}, tolerance {self.tolerance:.0e}"
         rows = [
@@ -448,7 +454,7 @@ def _check_array(
             trouble = "rerouted" if outer.rerouted or inner.rerouted else "kink"
             if trouble == "kink" and doubt <= tolerance * scale:
                 checked += 1
-                error = abs(expected - slope) / scale
+                error = 0.0 if expected == slope else abs(expected - slope) / scale
                 worst = max(worst, (error, where, expected, slope))
                 break
         else:

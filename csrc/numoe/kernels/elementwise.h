@@ -27,11 +27,14 @@ inline Activated<Lanes<T, N>> gated(Lanes<T, N> v, Lanes<T, N> s, Lanes<T, N> in
   return {v < -limit ? V{} : (v > limit ? v : value), v < -limit ? V{} : (v > limit ? V{} + T(1) : slope)};
 }
 
+inline float erfc_of(float v) { return __builtin_erfcf(v); }
+inline double erfc_of(double v) { return __builtin_erfc(v); }
+
 template <class T, int N>
 inline Activated<Lanes<T, N>> gelu_erf(Lanes<T, N> v) {
   using V = Lanes<T, N>;
   V cdf;
-  for (int i = 0; i < N; ++i) cdf[i] = T(0.5) * std::erfc(-v[i] * T(0.70710678118654752440));  // Φ(v)
+  for (int i = 0; i < N; ++i) cdf[i] = T(0.5) * erfc_of(-v[i] * T(0.70710678118654752440));  // Φ(v)
   const V density = T(0.39894228040143267794) * exp<T, N>(T(-0.5) * v * v);                     // φ(v)
   const V limit = V{} + Float<T>::saturation;
   const V value = v * cdf, slope = cdf + v * density;
@@ -71,12 +74,12 @@ template <class T, int N>
 inline Lanes<T, N> load_some(const T* p, int count) {
   if (count == N) return load<Lanes<T, N>>(p);
   Lanes<T, N> v{};
-  std::memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
+  __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
   return v;
 }
 template <class T, int N>
 inline void store_some(T* p, Lanes<T, N> v, int count) {
-  std::memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
 }
 
 template <Activation A, class T, int N>

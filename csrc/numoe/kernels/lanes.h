@@ -4,10 +4,8 @@
 // anonymous namespace: the linker must never merge two targets' code.  No standard headers with templates here.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 namespace numoe {
 namespace {
@@ -47,12 +45,12 @@ struct Float<double> {
 template <class V, class T>
 inline V load(const T* p) {
   V v;
-  std::memcpy(&v, p, sizeof v);
+  __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 template <class V, class T>
 inline void store(T* p, V v) {
-  std::memcpy(p, &v, sizeof v);
+  __builtin_memcpy(p, &v, sizeof v);
 }
 
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
@@ -77,10 +75,10 @@ inline Lanes<T, N> exp(Lanes<T, N> x) {
   const I first = (half + F::exponent_bias) << F::mantissa_bits;
   const I second = (exponent - half + F::exponent_bias) << F::mantissa_bits;
   V scale1, scale2;
-  std::memcpy(&scale1, &first, sizeof first);
-  std::memcpy(&scale2, &second, sizeof second);
+  __builtin_memcpy(&scale1, &first, sizeof first);
+  __builtin_memcpy(&scale2, &second, sizeof second);
   const V value = series * scale1 * scale2;
-  const V infinite = V{} + static_cast<T>(INFINITY);
+  const V infinite = V{} + static_cast<T>(__builtin_inf());
   return x < too_small ? V{} : (x > too_large ? infinite : (x == x ? value : x));
 }
 

@@ -10,10 +10,17 @@
 namespace numoe {
 
 extern const KernelTable portable_table;
+#ifdef NUMOE_X86
+extern const KernelTable avx2_table, avx512_table;
+#endif
 
 namespace {
 
-constexpr const KernelTable* tables[] = {&portable_table};
+constexpr const KernelTable* tables[] = {  // best first
+#ifdef NUMOE_X86
+    &avx512_table, &avx2_table,
+#endif
+    &portable_table};
 
 const KernelTable& choose() {
   const char* wanted = std::getenv("NUMOE_TARGET");

@@ -88,7 +88,7 @@ def load_balance_loss(
     factor = {"switch": E, "gshard": 1 / E, "megatron": E / K, "hf": E, "deepseek-sequence": E / K}[
         convention
     ]
-    factor /= max(np.count_nonzero(n), 1)  # the mean over the sequences; 1 unless "deepseek-sequence"
+    factor /= max(int(np.count_nonzero(n)), 1)  # the mean over the sequences; 1 unless "deepseek-sequence"
     # Every convention is Σ dp * p with a constant dp (T, E): one 1/n makes fractions, the other the mean P.
     dp = np.where(real[:, None], (factor * counts / np.maximum(n, 1) ** 2)[sequence], 0)
     z = np.where(real[:, None], logits, 0)
@@ -109,11 +109,12 @@ def _probabilities(kind: str, z: Array) -> tuple[Array, Callable[[Array], Array]
 
 
 def cv_squared(v: Array) -> tuple[float, Array]:
-    """CV² = Var(v) / mean(v)² (population variance) and its gradient; 0 if the mean is 0."""
+    """CV² = Var(v) / mean(v)², with the population variance, and its gradient; 1e-10 as in tensor2tensor."""
     mean, var = v.mean(), v.var()
-    if mean == 0:
-        return 0.0, np.zeros_like(v)
-    return float(var / mean**2), 2 / (v.size * mean**2) * ((v - mean) - var / mean)
+    divisor = mean**2 + 1e-10
+    cv = var / divisor
+    # var = mean((v - mean)²); divisor = mean² + 1e-10
+    return float(cv), 2 / (v.size * divisor) * (v - mean - cv * mean)
 
 
 @quiet
@@ -124,7 +125,7 @@ def importance_loss(weights: Array, indices: Array, num_experts: int, *, mask: A
 
     Importances 3 and 1: mean 2, variance 1.
 
-    >>> importance_loss(np.array([[1.0], [2.0], [1.0]]), np.array([[0], [0], [1]]), num_experts=2).value
+    >>> round(importance_loss(np.array([[1.0], [2.0], [1.0]]), np.array([[0], [0], [1]]), 2).value, 6)
     0.25
     """
     counted = indices >= 0 if mask is None else (indices >= 0) & mask[:, None]
@@ -161,7 +162,7 @@ def load_loss(
     Without noise these are hard counts, 3 and 1: mean 2, variance 1.
 
     >>> z = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> load_loss(z, z, 0.0, top_k=1).value
+    >>> round(load_loss(z, z, 0.0, top_k=1).value, 6)
     0.25
     """
     T, E = logits.shape

@@ -1,4 +1,4 @@
-"""The router chooses and weighs experts, dispatch orders the rows, combine brings them back to their tokens."""
+"""The router chooses and weighs experts, dispatch orders the rows, combine brings them back to the tokens."""
 
 from __future__ import annotations
 
@@ -196,8 +196,8 @@ def route_backward(dweights: Array, routing: Routing, config: RouterConfig) -> A
 
 def _in_log_space(config: RouterConfig) -> bool:
     """s / Σs is the softmax of log s; computed there it cannot become 0/0."""
-    if config.score == "softmax_chosen":
-        return config.normalize != "l2"
+    if config.score == "softmax_chosen" and config.normalize == "none":
+        return True
     return config.normalize == "sum" and config.normalize_eps == 0
 
 
@@ -314,7 +314,7 @@ def admission_order(routing: Routing, priority: str) -> Array:
 
 @quiet
 def combine_weights(routing: Routing, plan: Dispatch, router: RouterConfig, config: DispatchConfig) -> Array:
-    """The weights that multiply the rows, (T, K); after a drop, survivors may have to sum to `scale` again."""
+    """The weights that multiply the rows, (T, K); after a drop, survivors may have to sum to `scale`."""
     kept = np.where(plan.kept, routing.weights, 0)
     if config.dropless or not config.renormalize_after_drop:
         return kept

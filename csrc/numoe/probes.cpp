@@ -1,0 +1,200 @@
+#include "numoe/probes.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "numoe/parallel.h"
+
+namespace numoe {
+namespace {
+
+// ── loops ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Macros, because the instruction set of a function is an attribute, and attributes cannot be template parameters.
+
+// ACCUMULATORS chains sum = sum * factor + addend (towards 4: never subnormal, never infinite), enough of them to hide
+// the latency, few enough to stay in registers.  A compiler that spills one makes the probe read a third of the truth;
+// the loops are exported under plain names so that a test can disassemble them in the built module.
+#define NUMOE_PEAK_LOOP(NAME, TARGET, T, BYTES, ACCUMULATORS, REGISTER, MULTIPLY_ADD)        \
+  extern "C" TARGET [[gnu::visibility("default")]] void numoe_peak_##NAME(Index steps, T* out) { \
+    using V [[gnu::vector_size(BYTES)]] = T;                                                 \
+    V factor = V{} + T(0.75), addend = V{} + T(1), sum[ACCUMULATORS];                        \
+    _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) sum[i] = V{} + T(i);     \
+    for (Index step = 0; step < steps; ++step) {                                             \
+      asm volatile("" : "+" REGISTER(factor), "+" REGISTER(addend)); /* nothing is hoisted */ \
+      _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) {                      \
+        sum[i] = MULTIPLY_ADD(sum[i], factor, addend);                                       \
+      }                                                                                      \
+    }                                                                                        \
+    _Pragma("GCC unroll 16") for (int i = 1; i < ACCUMULATORS; ++i) sum[0] += sum[i];        \
+    std::memcpy(out, &sum[0], sizeof(V));                                                    \
+  }
+
+// Adds up the buffer, `passes` times.  Prefetching 4 KB ahead helps where it comes from memory, and takes load slots
+// where it comes from a cache.
+#define NUMOE_READ_LOOP(NAME, TARGET, BYTES)                                                          \
+  template <bool prefetch>                                                                            \
+  TARGET void read_##NAME(const char* data, Index size, Index passes, unsigned* out) {                \
+    using V [[gnu::vector_size(BYTES), gnu::may_alias]] = unsigned;                                   \
+    V sum[8] = {};                                                                                    \
+    for (Index pass = 0; pass < passes; ++pass) {                                                     \
+      for (const char* p = data; p < data + size; p += 8 * BYTES) {                                   \
+        _Pragma("GCC unroll 8") for (int i = 0; prefetch && i < 8 * BYTES; i += 64) {                 \
+          __builtin_prefetch(p + 4096 + i);                                                           \
+        }                                                                                             \
+        _Pragma("GCC unroll 8") for (int i = 0; i < 8; ++i) {                                         \
+          sum[i] += *reinterpret_cast<const V*>(p + i * BYTES);                                       \
+        }                                                                                             \
+      }                                                                                               \
+      asm volatile("" ::: "memory"); /* a pass is not remembered from the one before */               \
+    }                                                                                                 \
+    _Pragma("GCC unroll 8") for (int i = 1; i < 8; ++i) sum[0] += sum[i];                             \
+    std::memcpy(out, &sum[0], sizeof(V));                                                             \
+  }
+
+#define NUMOE_UNFUSED(sum, factor, addend) ((sum) * (factor) + (addend))
+#define NUMOE_TARGET_PORTABLE
+
+#if defined(__x86_64__)
+#define NUMOE_TARGET_AVX512 __attribute__((target("avx512f")))
+#define NUMOE_TARGET_AVX2 __attribute__((target("avx2,fma")))
+NUMOE_PEAK_LOOP(avx512_f32, NUMOE_TARGET_AVX512, float, 64, 14, "v", _mm512_fmadd_ps)
+NUMOE_PEAK_LOOP(avx512_f64, NUMOE_TARGET_AVX512, double, 64, 14, "v", _mm512_fmadd_pd)
+NUMOE_PEAK_LOOP(avx2_f32, NUMOE_TARGET_AVX2, float, 32, 12, "x", _mm256_fmadd_ps)
+NUMOE_PEAK_LOOP(avx2_f64, NUMOE_TARGET_AVX2, double, 32, 12, "x", _mm256_fmadd_pd)
+NUMOE_PEAK_LOOP(portable_f32, NUMOE_TARGET_PORTABLE, float, 16, 13, "x", NUMOE_UNFUSED)
+NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 13, "x", NUMOE_UNFUSED)
+NUMOE_READ_LOOP(avx512, NUMOE_TARGET_AVX512, 64)
+NUMOE_READ_LOOP(avx2, NUMOE_TARGET_AVX2, 32)
+#elif defined(__aarch64__)
+#define NUMOE_NEON_F32(sum, factor, addend) vfmaq_f32(addend, sum, factor)
+#define NUMOE_NEON_F64(sum, factor, addend) vfmaq_f64(addend, sum, factor)
+NUMOE_PEAK_LOOP(neon_f32, NUMOE_TARGET_PORTABLE, float, 16, 16, "w", NUMOE_NEON_F32)
+NUMOE_PEAK_LOOP(neon_f64, NUMOE_TARGET_PORTABLE, double, 16, 16, "w", NUMOE_NEON_F64)
+NUMOE_PEAK_LOOP(portable_f32, NUMOE_TARGET_PORTABLE, float, 16, 16, "w", NUMOE_UNFUSED)
+NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 16, "w", NUMOE_UNFUSED)
+#else
+NUMOE_PEAK_LOOP(portable_f32, NUMOE_TARGET_PORTABLE, float, 16, 13, "m", NUMOE_UNFUSED)
+NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 13, "m", NUMOE_UNFUSED)
+#endif
+NUMOE_READ_LOOP(portable, NUMOE_TARGET_PORTABLE, 16)
+
+// One step of 14 accumulators of 16 lanes: 14 * 16 multiplications and as many additions.
+template <class T>
+constexpr PeakLoop<T> peak_loop(void (*run)(Index, T*), int accumulators, int bytes) {
+  return {2 * accumulators * bytes / static_cast<int>(sizeof(T)), run};
+}
+
+constexpr PeakProbe probes[] = {
+#if defined(__x86_64__)
+    {"avx512", "64-byte vectors, fused multiply-add", [] { return __builtin_cpu_supports("avx512f") != 0; },
+     peak_loop<float>(numoe_peak_avx512_f32, 14, 64), peak_loop<double>(numoe_peak_avx512_f64, 14, 64)},
+    {"avx2", "32-byte vectors, fused multiply-add",
+     [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; },
+     peak_loop<float>(numoe_peak_avx2_f32, 12, 32), peak_loop<double>(numoe_peak_avx2_f64, 12, 32)},
+    {"portable", "16-byte vectors, multiply then add", [] { return true; },
+     peak_loop<float>(numoe_peak_portable_f32, 13, 16), peak_loop<double>(numoe_peak_portable_f64, 13, 16)},
+#elif defined(__aarch64__)
+    {"neon", "16-byte vectors, fused multiply-add", [] { return true; },
+     peak_loop<float>(numoe_peak_neon_f32, 16, 16), peak_loop<double>(numoe_peak_neon_f64, 16, 16)},
+    {"portable", "16-byte vectors, multiply then add", [] { return true; },
+     peak_loop<float>(numoe_peak_portable_f32, 16, 16), peak_loop<double>(numoe_peak_portable_f64, 16, 16)},
+#else
+    {"portable", "16-byte vectors, multiply then add", [] { return true; },
+     peak_loop<float>(numoe_peak_portable_f32, 13, 16), peak_loop<double>(numoe_peak_portable_f64, 13, 16)},
+#endif
+};
+
+using ReadLoop = void (*)(const char* data, Index size, Index passes, unsigned* out);
+
+template <bool prefetch>
+ReadLoop widest_read_loop() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return read_avx512<prefetch>;
+  if (__builtin_cpu_supports("avx2")) return read_avx2<prefetch>;
+#endif
+  return read_portable<prefetch>;
+}
+
+// ── clocks ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+template <class Work>
+double seconds_of(Work work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::max(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), 1e-9);
+}
+
+constexpr Index kPage = Index{1} << 21;  // a huge page of x86-64 and of most ARM systems
+constexpr Index kReadBlock = 512;        // bytes of one step of the widest read loop
+constexpr Index kLargeShare = 1 << 20;   // bytes per thread from which prefetching pays
+
+}  // namespace
+
+std::span<const PeakProbe> peak_probes() { return probes; }
+
+template <class T>
+double peak_rate(const PeakLoop<T>& loop, int threads, double seconds) {
+  const auto run = [&loop](Index steps) {
+    alignas(64) T out[64 / sizeof(T)];
+    loop.run(steps, out);
+  };
+  constexpr Index trial = 1 << 14;
+  constexpr double task_seconds = 1e-3;  // short, so that threads that start late or are interrupted cost little
+  run(trial);                            // the wide units have to wake up
+  const double step = seconds_of([&] { run(trial); }) / trial;
+  const Index steps = std::max<Index>(trial, static_cast<Index>(task_seconds / step));
+  const double each = step * static_cast<double>(steps);
+  const Index tasks = threads * std::max<Index>(1, static_cast<Index>(std::lround(seconds / each)));
+  const double spent = seconds_of([&] { parallel_for(tasks, [&](Index) { run(steps); }, threads); });
+  return static_cast<double>(tasks * steps * loop.flops) / spent;
+}
+template double peak_rate(const PeakLoop<float>&, int, double);
+template double peak_rate(const PeakLoop<double>&, int, double);
+
+ReadProbe::ReadProbe(Index bytes) : data_(nullptr), size_((bytes + kPage - 1) / kPage * kPage) {
+  data_ = static_cast<char*>(::operator new(static_cast<std::size_t>(size_), std::align_val_t{kPage}));
+#ifdef __linux__
+  madvise(data_, static_cast<std::size_t>(size_), MADV_HUGEPAGE);  // a refusal costs speed, nothing else
+#endif
+  // Written by all threads: pages go to the memory of whoever touches them first.
+  parallel_for(size_ / kPage, [this](Index page) { std::memset(data_ + page * kPage, 1, kPage); });
+}
+
+ReadProbe::~ReadProbe() { ::operator delete(data_, std::align_val_t{kPage}); }
+
+double ReadProbe::rate(Index bytes, int threads) const {
+  const Index share = std::max(kReadBlock, bytes / threads / kReadBlock * kReadBlock);
+  const Index readers = std::min<Index>(threads, size_ / share);
+  const ReadLoop loop = share >= kLargeShare ? widest_read_loop<true>() : widest_read_loop<false>();
+  const auto read = [&](Index passes) {
+    return seconds_of([&] {
+      parallel_for(readers,
+                   [&](Index i) {
+                     alignas(64) unsigned out[16];
+                     loop(data_ + i * share, share, passes, out);
+                   },
+                   threads);
+    });
+  };
+  constexpr double long_enough = 5e-3;
+  double best = read(1);  // also fills the caches
+  const Index passes = std::max<Index>(1, static_cast<Index>(long_enough / best));
+  for (int i = 0; i < (passes == 1 ? 2 : 3); ++i) {
+    const double pass = read(passes) / static_cast<double>(passes);
+    best = i == 0 && passes > 1 ? pass : std::min(best, pass);
+  }
+  return static_cast<double>(share * readers) / best;
+}
+
+}  // namespace numoe
