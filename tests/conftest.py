@@ -1,4 +1,4 @@
-"""What several test files share: generators, readable ids, and problems that finite differences can be trusted on."""
+"""What several test files share: generators, readable ids, problems that differences can be trusted on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-
 from numoe import reference
 from numoe.config import MoEConfig
 from numoe.testing import Problem, random_problem
@@ -62,7 +61,9 @@ def reference_layer() -> type[ReferenceLayer]:
 def separated_problem() -> Callable[..., Problem]:
     """`random_problem` with room around every decision: see `margin`."""
 
-    def build(*, tokens: int | tuple[int, ...] = 6, inputs: Mapping[str, Any] | None = None, **options: Any) -> Problem:
+    def build(
+        *, tokens: int | tuple[int, ...] = 6, inputs: Mapping[str, Any] | None = None, **options: Any
+    ) -> Problem:
         options = {"d_model": 5, "d_ff": 4, "num_experts": 4} | options
         for seed in range(300):
             problem = random_problem(seed, tokens=tokens, **options)
@@ -76,8 +77,8 @@ def separated_problem() -> Callable[..., Problem]:
 def margin(problem: Problem, inputs: Mapping[str, Any]) -> float:
     """The smallest distance of any number from a place where the layer's output jumps or has a kink.
 
-    These are the places: two experts' keys equal, two groups' scores equal, a relu at 0, ``eps_mode="max"`` at its
-    switch, and two weights equal where weights decide who is dropped.
+    These are the places: two experts' keys equal, two groups' scores equal, a relu at 0, ``eps_mode="max"``
+    at its switch, and two weights equal where weights decide who is dropped.
     """
     config = problem.config
     out = reference.forward(config, problem.params, problem.x, buffers=problem.buffers, **inputs)
@@ -99,7 +100,11 @@ def margin(problem: Problem, inputs: Mapping[str, Any]) -> float:
         distances.append(norm - router.normalize_eps if router.eps_mode == "max" else [])
     if config.experts.activation in ("relu", "relu2"):
         distances += [gate for _, gate, _, _ in out.cache.experts]
-    if config.shared is not None and config.shared.activation in ("relu", "relu2") and out.cache.shared is not None:
+    if (
+        config.shared is not None
+        and config.shared.activation in ("relu", "relu2")
+        and out.cache.shared is not None
+    ):
         distances.append(out.cache.shared.ffn[1])
     if config.dispatch.drop_priority in ("probability", "batch"):
         distances.append(_gaps(routing.weights[routing.indices >= 0]))

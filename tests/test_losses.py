@@ -5,16 +5,25 @@ from __future__ import annotations
 import builtins
 import math
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-
 from numoe import _core
-from numoe.losses import CONVENTIONS, Loss, compare_conventions, importance_loss, load_balance_loss
-from numoe.losses import load_loss, update_choice_bias, z_loss
+from numoe.losses import (
+    CONVENTIONS,
+    Loss,
+    compare_conventions,
+    importance_loss,
+    load_balance_loss,
+    load_loss,
+    update_choice_bias,
+    z_loss,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SCORES = ("softmax", "softmax_chosen", "sigmoid", "sqrt_softplus")
 DTYPES = (np.float32, np.float64)
@@ -52,7 +61,8 @@ def random_arrays(seed: int, T: int = 12) -> dict[str, np.ndarray]:
     indices[3, 1] = -1
     noisy, noise_std = random_noise(seed + 1, logits)
     weights = np.random.default_rng(seed + 2).random(indices.shape)
-    return dict(logits=logits, indices=indices, noisy_logits=noisy, noise_std=noise_std, weights=weights)
+    names = ("logits", "indices", "noisy_logits", "noise_std", "weights")
+    return dict(zip(names, (logits, indices, noisy, noise_std, weights), strict=True))
 
 
 def balance(a: Any, mask: Any = None, lengths: Any = None, **options: Any) -> Loss:
@@ -77,7 +87,8 @@ with_and_without_mask = pytest.mark.parametrize("masked", [False, True])
 
 
 def gradients(loss: Loss) -> dict[str, np.ndarray]:
-    return {name: g for name, g in vars(loss).items() if name != "value" and g is not None}
+    """Argument name → its gradient."""
+    return {name[1:]: g for name, g in vars(loss).items() if name != "value" and g is not None}
 
 
 def assert_gradient(gradient: Any, value: Callable[[np.ndarray], float], x: np.ndarray) -> None:
@@ -181,7 +192,7 @@ def test_load_balance_gradient_by_hand() -> None:
     # a = (2, 0), Σ a p = 3/2:  dz = (3/4 (2 - 3/2), 1/4 (0 - 3/2)) = (3/8, -3/8)
     loss = load_balance_loss(np.log([[3.0, 1.0]]), np.array([[0]]))
     assert loss.value == pytest.approx(1.5)
-    np.testing.assert_allclose(loss.logits, [[0.375, -0.375]], rtol=1e-14)
+    np.testing.assert_allclose(loss.dlogits, [[0.375, -0.375]], rtol=1e-14)
 
 
 def test_scores_by_hand() -> None:
@@ -204,7 +215,7 @@ def test_unrouted_choices_are_not_counted() -> None:
     assert loss.value == pytest.approx(0.8765625, rel=1e-14)
     nothing = load_balance_loss(np.log(PROBABILITIES), np.full((4, 2), -1))
     assert nothing.value == 0.0
-    np.testing.assert_array_equal(nothing.logits, 0.0)
+    np.testing.assert_array_equal(nothing.dlogits, 0.0)
 
 
 @for_both_dtypes
@@ -215,7 +226,7 @@ def test_importance_by_hand(dtype: Any) -> None:
     loss = importance_loss(weights, np.array([[0, 1], [1, 0]]), 3)
     assert loss.value == pytest.approx(19 / 32, rel=1e-9)  # less 1e-10 in the divisor
     assert gradients(loss)["weights"].dtype == dtype
-    np.testing.assert_allclose(loss.weights, [[9 / 32, -15 / 32], [-15 / 32, 9 / 32]], rtol=1e-6)
+    np.testing.assert_allclose(loss.dweights, [[9 / 32, -15 / 32], [-15 / 32, 9 / 32]], rtol=1e-6)
     # one expert gets everything: I = (0, ..., 6, ..., 0) has CV² = E - 1
     assert importance_loss(np.ones((6, 1), dtype), np.full((6, 1), 2), 8).value == pytest.approx(7, rel=1e-9)
     # a choice -1 does not count: I = (1.25, 0.5), mean 7/8, variance (3/8)²
@@ -240,7 +251,7 @@ def test_z_by_hand(dtype: Any) -> None:
     assert loss.value == pytest.approx(math.log(4) ** 2 / 2, rel=8 * eps)
     assert gradients(loss)["logits"].dtype == dtype
     expected = [[math.log(4) / 4, 3 * math.log(4) / 4], [0, 0]]
-    np.testing.assert_allclose(loss.logits, expected, rtol=8 * eps, atol=eps)
+    np.testing.assert_allclose(loss.dlogits, expected, rtol=8 * eps, atol=eps)
 
 
 @for_both_dtypes
@@ -275,7 +286,7 @@ def test_balanced_values(E: int, K: int) -> None:
         assert table[name].balanced == pytest.approx(value, rel=1e-15)
         assert table[name].relative == pytest.approx(1, rel=1e-14)
         loss = load_balance_loss(logits, indices, convention=name, sequence_lengths=[E, E])
-        np.testing.assert_allclose(loss.logits, 0, atol=1e-16)
+        np.testing.assert_allclose(loss.dlogits, 0, atol=1e-16)
     assert importance_loss(np.full((2 * E, K), 1 / K), indices, E).value == pytest.approx(0, abs=1e-15)
 
 
@@ -285,7 +296,7 @@ def test_one_expert_gives_exact_constants() -> None:
         for score in SCORES:
             loss = load_balance_loss(logits, first, convention=convention, score=score)
             assert loss.value == pytest.approx(1.0, abs=4 * EPS)
-            np.testing.assert_array_equal(loss.logits, 0.0)
+            np.testing.assert_array_equal(loss.dlogits, 0.0)
     assert importance_loss(np.ones((7, 1)), first, 1).value == 0.0
     assert load_loss(logits, logits, 1.0, 1).value == 0.0
     assert z_loss(logits).value == pytest.approx(np.mean(logits**2), rel=1e-14)
@@ -399,7 +410,7 @@ def test_load_gradient_of_a_broadcast_noise_std(shape: tuple[int, ...]) -> None:
     noisy, _ = random_noise(20, logits)
     noise_std = np.asarray(np.random.default_rng(21).uniform(0.5, 1.5, shape))
     loss = load_loss(logits, noisy, noise_std, 2)
-    assert_gradient(loss.noise_std, lambda s: load_loss(logits, noisy, s, 2).value, noise_std)
+    assert_gradient(loss.dnoise_std, lambda s: load_loss(logits, noisy, s, 2).value, noise_std)
 
 
 def test_load_total_derivative() -> None:
@@ -475,7 +486,7 @@ def test_repeating_the_tokens_does_not_change_the_value(name: str) -> None:
 def test_hf_uses_the_softmax_whatever_the_score(score: str) -> None:
     found, expected = LOSSES[f"hf {score}"](random_arrays(1)), LOSSES["hf softmax"](random_arrays(1))
     assert found.value == expected.value
-    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(found.dlogits, expected.dlogits)
 
 
 @for_every_loss
@@ -628,7 +639,7 @@ def test_arguments_are_converted_and_never_written() -> None:
         loss(arrays)
 
 
-Z, I = np.zeros((3, 4)), np.zeros((3, 2), int)  # noqa: E741
+Z, I = np.zeros((3, 4)), np.zeros((3, 2), int)
 W, F = Z[:, :2], Z.astype(np.float32)
 ERRORS = {
     "ValueError: logits must have 2 dim": lambda: load_balance_loss(np.zeros(3), I),

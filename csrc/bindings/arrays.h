@@ -115,6 +115,12 @@ class Dims {
     return py::reinterpret_borrow<py::array>(object);
   }
 
+  static std::string tuple_text(const std::vector<std::string>& letters) {
+    std::string text = "(" + letters[0] + (letters.size() == 1 ? "," : "");
+    for (std::size_t i = 1; i < letters.size(); ++i) text += ", " + letters[i];
+    return text + ")";
+  }
+
   static std::string shape_text(const py::array& array) { return std::string(py::str(array.attr("shape"))); }
 
   template <class T>
@@ -125,7 +131,7 @@ class Dims {
     }
     const auto parts = split(letters);
     if (static_cast<std::size_t>(array.ndim()) != parts.size()) {
-      throw py::value_error(std::string(name) + " must have shape (" + letters + "); got " + shape_text(array));
+      throw py::value_error(std::string(name) + " must have shape " + tuple_text(parts) + "; got " + shape_text(array));
     }
     for (std::size_t i = 0; i < parts.size(); ++i) check_axis(array, name, letters, parts[i], i);
     check_memory(array, name, written);
@@ -136,8 +142,8 @@ class Dims {
     const Index size = array.shape(static_cast<py::ssize_t>(axis));
     const auto [entry, inserted] = sizes_.try_emplace(letter, size, name);
     if (inserted || entry->second.first == size) return;
-    throw py::value_error(std::string(name) + " must have shape (" + letters + ") with " + letter + " = " +
-                          std::to_string(entry->second.first) + " from " + entry->second.second + "; got " +
+    throw py::value_error(std::string(name) + " must have shape " + tuple_text(split(letters)) + " with " + letter +
+                          " = " + std::to_string(entry->second.first) + " from " + entry->second.second + "; got " +
                           shape_text(array));
   }
 

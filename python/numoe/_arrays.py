@@ -23,12 +23,15 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
     was finite and would become infinite raises ``ValueError``.
     """
     array = _plain_array(x, name)
+    if array.dtype == object and type(x).__module__.startswith("numoe"):
+        raise TypeError(f"{name} is a {type(x).__name__}; pass one of its arrays, e.g. routing.weights.")
     if array.dtype.kind != "f" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         raise TypeError(
             f"{name} has dtype {array.dtype}; pass float32 or float64, e.g. np.asarray({name}, dtype=np.float32)."
         )
     if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got shape {array.shape}.")
+        hint = f"  For one row pass {name}[None]." if array.ndim + 1 == ndim else ""
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got shape {array.shape}.{hint}")
     if dtype is None:
         dtype = array.dtype.newbyteorder("=") if array.dtype.name in ("float32", "float64") else np.float32
     return _convert(array, name, np.dtype(dtype))
@@ -76,7 +79,8 @@ def as_mask(mask: Any, num_tokens: int, name: str = "mask") -> BoolArray:
         raise TypeError(f"{name} must be an array of bools, True for real tokens; got dtype {array.dtype}.")
     if array.size != num_tokens:
         raise ValueError(f"{name} must have one entry per token ({num_tokens}); got shape {array.shape}.")
-    return np.require(array.reshape(num_tokens), requirements=["C", "A"])
+    bytes_ = np.require(array.reshape(num_tokens), requirements=["C", "A"]).view(np.uint8)
+    return bytes_ != 0  # a bool array made by .view(bool) may hold other bytes than 0 and 1
 
 
 def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArray:

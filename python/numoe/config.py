@@ -478,6 +478,23 @@ class MoEConfig(_Checked):
             **own,
         )
 
+    def replace(self, **options: Any) -> MoEConfig:
+        """This configuration with some flat options changed; the names are those of `from_options`.
+
+        >>> config = MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1)
+        >>> config.replace(capacity_factor=1.0, dtype="float64").dispatch.capacity_factor
+        1.0
+        """
+        current: dict[str, Any] = {
+            "d_model": self.d_model,
+            "shared": self.shared,
+            "aux_losses": self.aux_losses,
+            "dtype": self.dtype,
+        }
+        for part in (self.router, self.experts, self.dispatch):
+            current |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        return self.from_options(**{**current, **options})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, ready for JSON; `from_dict` is the inverse."""
         return dataclasses.asdict(self)

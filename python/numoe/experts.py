@@ -11,7 +11,7 @@ import numpy as np
 from numoe import _core
 from numoe._arrays import FloatArray, as_float
 from numoe.config import EXPERT_PARAMS, ExpertConfig
-from numoe.routing import Dispatch
+from numoe.routing import Dispatch, check_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class ExpertCache:
 
 
 def _options(config: ExpertConfig) -> _core.ExpertOptions:
+    check_config(config, ExpertConfig, "experts")
     return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
 
 
@@ -40,7 +41,7 @@ def _of_experts(params: Mapping[str, Any], dtype: np.dtype[Any]) -> dict[str, Fl
     for name, value in chosen.items():
         if not isinstance(value, np.ndarray) or value.dtype != dtype:
             kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-            raise TypeError(f"params[{name!r}] must be a {dtype} array like x; got {kind}.")
+            raise TypeError(f"params[{name!r}] must be a {dtype} array like x; got {kind}.  Convert x to it.")
     return chosen
 
 
@@ -97,6 +98,7 @@ def experts_forward(
     True
     """
     x = as_float(x, "x", ndim=2)
+    options = _options(config)
     if weights is not None:
         weights = as_float(weights, "weights", x.dtype, ndim=2)
     if not combined and config.weight_on == "output":
@@ -109,7 +111,7 @@ def experts_forward(
         plan.top_k,
         weights,
         _of_experts(params, x.dtype),
-        _options(config),
+        options,
         combined,
         keep_cache,
     )

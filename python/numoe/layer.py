@@ -675,9 +675,9 @@ def _aux_gradients(
     dlogits: Any = 0.0
     for name, loss in found.items() if scale != 0.0 else ():
         factor = np.dtype(config.dtype).type(scale * config.aux_losses[name])
-        if loss.weights is not None:
-            dweights = dweights + factor * loss.weights
-        for gradient in (loss.logits, loss.noisy_logits):  # noisy = clean + noise
+        if loss.dweights is not None:
+            dweights = dweights + factor * loss.dweights
+        for gradient in (loss.dlogits, loss.dnoisy_logits):  # noisy = clean + noise
             if gradient is not None:
                 dlogits = dlogits + factor * gradient
     return dweights, dlogits

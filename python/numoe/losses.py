@@ -61,23 +61,23 @@ CONVENTIONS = ("switch", "gshard", "megatron", "hf", "deepseek-sequence")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loss:
-    """A value and its derivatives, named and shaped like the arguments they belong to; None if there is none.
+    """A value and its gradients, ``d`` + the name of the argument they belong to and of its shape; None if there is none.
 
     Attributes
     ----------
     value : float
-    logits : ndarray (T, E), optional
-    weights : ndarray (T, K), optional
-    noisy_logits : ndarray (T, E), optional
-    noise_std : ndarray, optional
-        Of the shape of the argument; 0-d for a number.
+    dlogits : ndarray (T, E), optional
+    dweights : ndarray (T, K), optional
+    dnoisy_logits : ndarray (T, E), optional
+    dnoise_std : ndarray, optional
+        0-d for a number.
     """
 
     value: float
-    logits: FloatArray | None = None
-    weights: FloatArray | None = None
-    noisy_logits: FloatArray | None = None
-    noise_std: FloatArray | None = None
+    dlogits: FloatArray | None = None
+    dweights: FloatArray | None = None
+    dnoisy_logits: FloatArray | None = None
+    dnoise_std: FloatArray | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- checks
@@ -128,7 +128,7 @@ def _as_lengths(lengths: npt.ArrayLike | None, num_tokens: int) -> npt.NDArray[n
     return array.astype(np.int64)
 
 
-def _as_noise_std(noise_std: npt.ArrayLike, logits: FloatArray, mask: BoolArray | None) -> FloatArray:
+def _as_noise_std(noise_std: Any, logits: FloatArray, mask: BoolArray | None) -> FloatArray:
     """`noise_std` broadcast to (T, E); finite and positive where the token is real."""
     if isinstance(noise_std, int) and not isinstance(noise_std, bool):
         noise_std = float(noise_std)
@@ -193,7 +193,8 @@ def load_balance_loss(
         Chosen experts, best first, before dropping; -1 for a choice that was not routed, which is not
         counted.
     convention : {"switch", "gshard", "megatron", "hf", "deepseek-sequence"}
-        Value under perfect balance: 1, 1/E², 1, K and 1.
+        Value under perfect balance: 1, 1/E², 1, K and 1.  "switch" and "gshard" look at first choices only; for
+        K > 1 the load itself is what "megatron" measures.
     score : {"softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"}
         How probabilities come from logits: a softmax over all E (also for "softmax_chosen"), or the scores
         divided by their sum plus 1e-20 (Megatron-LM, DeepSeek-V3).  "hf" uses the softmax whatever the score.
@@ -207,7 +208,7 @@ def load_balance_loss(
     Returns
     -------
     Loss
-        `value` and `logits` (T, E).
+        `value` and `dlogits` (T, E).
 
     Raises
     ------
@@ -219,10 +220,14 @@ def load_balance_loss(
         Shapes that do not fit, an unknown convention or score, lengths that are
         negative or do not sum to T.
 
-    Notes ----- A logit of -inf has probability 0 and gradient 0; a token with nothing but -inf adds nothing.
+    Notes
+    -----
+    A logit of -inf has probability 0 and gradient 0; a token with nothing but -inf adds nothing.
     For the softmax the gradient of each token sums to 0.
 
-    References ---------- Fedus et al. 2021 (Switch Transformer), eq. 4; Lepikhin et al. 2020 (GShard),
+    References
+    ----------
+    Fedus et al. 2021 (Switch Transformer), eq. 4; Lepikhin et al. 2020 (GShard),
     algorithm 1; DeepSeek-AI 2024 (DeepSeek-V3), eq. 17-20.
 
     Examples
@@ -233,7 +238,7 @@ def load_balance_loss(
     >>> loss = load_balance_loss(logits, np.array([[0], [0], [1]]))
     >>> round(loss.value, 6)  # 2 * (2/3 * 0.6 + 1/3 * 0.4)
     1.066667
-    >>> loss.logits.round(4)
+    >>> loss.dlogits.round(4)
     array([[ 0.0533, -0.0533],
            [ 0.02  , -0.02  ],
            [ 0.0467, -0.0467]])
@@ -245,7 +250,7 @@ def load_balance_loss(
     real = _as_mask(mask, z.shape[0])
     lengths = _as_lengths(sequence_lengths, z.shape[0])
     value, dlogits = _core.load_balance_loss(z, chosen, convention, score, real, lengths)
-    return Loss(value=value, logits=dlogits)
+    return Loss(value=value, dlogits=dlogits)
 
 
 def importance_loss(
@@ -276,7 +281,7 @@ def importance_loss(
     Returns
     -------
     Loss
-        `value` and `weights` (T, K).  To reach the logits, add ``coefficient * loss.weights`` to the gradient
+        `value` and `dweights` (T, K).  To reach the logits, add ``coefficient * loss.dweights`` to the gradient
         of the routing weights.
 
     Raises
@@ -288,7 +293,9 @@ def importance_loss(
     ValueError
         Shapes that do not fit.
 
-    References ---------- Shazeer et al. 2017, eq. 6-7.  Population variance as in tensor2tensor and V-MoE
+    References
+    ----------
+    Shazeer et al. 2017, eq. 6-7.  Population variance as in tensor2tensor and V-MoE
     (FastMoE and Tutel use the sample variance, E / (E - 1) times as much).
 
     Examples
@@ -296,7 +303,7 @@ def importance_loss(
     >>> loss = importance_loss(np.array([[0.75, 0.25], [0.5, 0.5]]), np.array([[0, 1], [0, 1]]), 2)
     >>> round(loss.value, 6)  # I = (1.25, 0.75): variance 0.0625, mean 1
     0.0625
-    >>> loss.weights.round(4)
+    >>> loss.dweights.round(4)
     array([[ 0.1875, -0.3125],
            [ 0.1875, -0.3125]])
     """
@@ -306,7 +313,7 @@ def importance_loss(
     if chosen.shape != w.shape:
         raise ValueError(f"indices must have the shape of weights (T, K) = {w.shape}; got {chosen.shape}.")
     value, dweights = _core.importance_loss(w, chosen, experts, _as_mask(mask, w.shape[0]))
-    return Loss(value=value, weights=dweights)
+    return Loss(value=value, dweights=dweights)
 
 
 def load_loss(
@@ -346,9 +353,9 @@ def load_loss(
     Returns
     -------
     Loss
-        `value`, and *partial* derivatives `logits` (T, E), `noisy_logits` (T, E), through the thresholds, and
-        `noise_std` (shape of the argument).  Since noisy logits are made of logits, the total derivatives are
-        ``logits + noisy_logits`` and, per element, ``noise_std + noisy_logits * normal noise``.
+        `value`, and *partial* derivatives `dlogits` (T, E), `dnoisy_logits` (T, E), through the thresholds, and
+        `dnoise_std` (shape of the argument).  Since noisy logits are made of logits, the total derivatives are
+        ``dlogits + dnoisy_logits`` and, per element, ``dnoise_std + dnoisy_logits * normal noise``.
 
     Raises
     ------
@@ -382,7 +389,7 @@ def load_loss(
     sigma = _as_noise_std(noise_std, z, real)
     value, dlogits, dnoisy, dsigma = _core.load_loss(z, noisy, sigma, int(top_k), real)
     shape = np.shape(noise_std)
-    return Loss(value=value, logits=dlogits, noisy_logits=dnoisy, noise_std=_sum_to_shape(dsigma, shape))
+    return Loss(value=value, dlogits=dlogits, dnoisy_logits=dnoisy, dnoise_std=_sum_to_shape(dsigma, shape))
 
 
 def z_loss(logits: npt.ArrayLike, *, mask: npt.ArrayLike | None = None) -> Loss:
@@ -403,7 +410,7 @@ def z_loss(logits: npt.ArrayLike, *, mask: npt.ArrayLike | None = None) -> Loss:
     Returns
     -------
     Loss
-        `value` and `logits` (T, E).
+        `value` and `dlogits` (T, E).
 
     Raises
     ------
@@ -412,7 +419,9 @@ def z_loss(logits: npt.ArrayLike, *, mask: npt.ArrayLike | None = None) -> Loss:
     ValueError
         Shapes that do not fit.
 
-    Notes ----- Safe for any size of the logits: 1e4 gives 1e8, and 1e30 gives 1e60 also for float32 data.  A
+    Notes
+    -----
+    Safe for any size of the logits: 1e4 gives 1e8, and 1e30 gives 1e60 also for float32 data.  A
     logit of -inf has gradient 0; a token whose logits are all -inf, or one of them +inf, makes the value inf.
 
     References
@@ -424,12 +433,12 @@ def z_loss(logits: npt.ArrayLike, *, mask: npt.ArrayLike | None = None) -> Loss:
     >>> loss = z_loss(np.log([[1.0, 3.0]]))
     >>> round(loss.value, 6)  # ln(4)²
     1.921812
-    >>> loss.logits.round(4)
+    >>> loss.dlogits.round(4)
     array([[0.6931, 2.0794]])
     """
     z = _as_logits(logits)
     value, dlogits = _core.z_loss(z, _as_mask(mask, z.shape[0]))
-    return Loss(value=value, logits=dlogits)
+    return Loss(value=value, dlogits=dlogits)
 
 
 def update_choice_bias(choice_bias: npt.ArrayLike, counts: npt.ArrayLike, rate: float = 1e-3) -> FloatArray:

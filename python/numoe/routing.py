@@ -88,7 +88,7 @@ class Dispatch:
 
     @property
     def load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Rows per expert (E,), after dropping."""
+        """Rows per expert (E,), after dropping; `numoe.metrics.expert_load` counts before it."""
         return np.diff(self.offsets)
 
     @property
@@ -164,6 +164,7 @@ def router_logits_backward(dlogits: Any, x: Any, w_router: Any) -> tuple[FloatAr
 
 
 def _router_options(config: RouterConfig) -> _core.RouterOptions:
+    check_config(config, RouterConfig, "router")
     return _core.RouterOptions(
         top_k=config.top_k,
         score=config.score,
@@ -214,6 +215,7 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
     >>> routing.indices, routing.weights.round(4)
     (array([[1, 2]], dtype=int32), array([[0.6667, 0.3333]]))
     """
+    check_config(config, RouterConfig, "router")
     z = as_float(logits, "logits", ndim=2)
     if z.shape[1] != config.num_experts:
         raise ValueError(f"logits must have shape (T, E) with E = num_experts = {config.num_experts}; got {z.shape}.")
@@ -335,6 +337,8 @@ def dispatch(
     (array([2, 0], dtype=int32), array([ True, False,  True]))
     """
     config = DispatchConfig() if config is None else config
+    check_config(router, RouterConfig, "router")
+    check_config(config, DispatchConfig, "dispatch")
     indices = as_indices(routing.indices, router.num_experts)
     if routing.logits is None:
         check_distinct(indices)
@@ -350,6 +354,13 @@ def dispatch(
         assignment_row=assignment_row,
         capacity=None if groups is None else int(groups.largest),
     )
+
+
+def check_config(config: Any, kind: type, part: str) -> None:
+    """Each step takes its own part of a layer's configuration; anything else is named."""
+    if not isinstance(config, kind):
+        hint = f"  Pass config.{part}." if hasattr(config, part) else ""
+        raise TypeError(f"config must be a numoe.{kind.__name__}; got {type(config).__name__}.{hint}")
 
 
 def check_sequence_lengths(lengths: Any, num_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
@@ -420,7 +431,7 @@ def combine(rows: Any, plan: Dispatch, weights: Any = None) -> FloatArray:
     rows : (M, D)
     plan : Dispatch
     weights : (T, K), optional
-        Default 1.
+        ``routing.weights``, or `combine_weights` of it where weights are renormalised after dropping.  Default 1.
 
     Returns
     -------

@@ -468,10 +468,10 @@ void measure() {
   };
   for (const auto pause : {microseconds(0), microseconds(1000)}) {
     std::printf("helper %s:\n", pause.count() == 0 ? "spinning" : "parked");
-    std::printf("  2 empty tasks              %7.2f us\n", median_us(2000, pause, empty));
-    std::printf("  2 tasks, both threads met  %7.2f us\n", median_us(2000, pause, both));
-    std::printf("  2 tasks of 100 us          %7.2f us\n", median_us(500, pause, tasks(2)));
-    std::printf("  the same on one thread     %7.2f us\n", median_us(500, pause, tasks(1)));
+    std::printf("  2 empty tasks              %7.2f us\n", median_us(300, pause, empty));
+    std::printf("  2 tasks, both threads met  %7.2f us\n", median_us(300, pause, both));
+    std::printf("  2 tasks of 100 us          %7.2f us\n", median_us(300, pause, tasks(2)));
+    std::printf("  the same on one thread     %7.2f us\n", median_us(300, pause, tasks(1)));
   }
   for (const int threads : {1, 2, 8, 64}) {
     const auto many = [&] { parallel_for(1000, [](Index) { work_for(microseconds(20)); }, threads); };

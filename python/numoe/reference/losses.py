@@ -97,7 +97,7 @@ def load_balance_loss(
 
 
 def _probabilities(kind: str, z: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """p (T, E) with rows of sum 1, and the function that turns ∂L/∂p into ∂L/∂z."""
+    """Give p (T, E) with rows of sum 1, and the function that turns ∂L/∂p into ∂L/∂z."""
     if kind in ("softmax", "softmax_chosen"):
         p = softmax(z)
         return p, lambda dp: softmax_backward(p, dp)

@@ -68,7 +68,7 @@ def score(kind: str, logits: Array) -> Array:
 
 
 def log_score(kind: str, logits: Array) -> Array:
-    """log s(z), up to a constant per token for the softmaxes; finite long after s(z) has underflowed."""
+    """The logarithm of s(z), for a softmax up to a constant per token; finite where s(z) underflows."""
     match kind:
         case "sigmoid":
             return -softplus(-logits)
@@ -78,7 +78,7 @@ def log_score(kind: str, logits: Array) -> Array:
 
 
 def log_score_slope(kind: str, logits: Array) -> Array:
-    """d log s / dz, elementwise."""
+    """The derivative d log s / dz, elementwise."""
     match kind:
         case "sigmoid":
             return sigmoid(-logits)
@@ -195,7 +195,7 @@ def route_backward(dweights: Array, routing: Routing, config: RouterConfig) -> A
 
 
 def _in_log_space(config: RouterConfig) -> bool:
-    """s / Σs is the softmax of log s; computed there it cannot become 0/0."""
+    """Is it a softmax of log s?  That is s / Σs; computed there it cannot become 0/0."""
     if config.score == "softmax_chosen" and config.normalize == "none":
         return True
     return config.normalize == "sum" and config.normalize_eps == 0
@@ -207,7 +207,7 @@ def _softmax_or_zero(v: Array) -> Array:
 
 
 def _chosen_scores(z: Array, indices: Array, config: RouterConfig) -> Array:
-    """u = s(z) of the chosen experts, (T, K)."""
+    """The scores u = s(z) of the chosen experts, (T, K)."""
     if config.score == "softmax_chosen":
         return _softmax_or_zero(np.take_along_axis(z, indices, axis=-1))
     return np.take_along_axis(score(config.score, z), indices, axis=-1)
