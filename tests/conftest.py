@@ -61,9 +61,7 @@ def reference_layer() -> type[ReferenceLayer]:
 def separated_problem() -> Callable[..., Problem]:
     """`random_problem` with room around every decision: see `margin`."""
 
-    def build(
-        *, tokens: int | tuple[int, ...] = 6, inputs: Mapping[str, Any] | None = None, **options: Any
-    ) -> Problem:
+    def build(*, tokens: int | tuple[int, ...] = 6, inputs: Mapping[str, Any] | None = None, **options: Any) -> Problem:
         options = {"d_model": 5, "d_ff": 4, "num_experts": 4} | options
         for seed in range(300):
             problem = random_problem(seed, tokens=tokens, **options)
@@ -100,11 +98,7 @@ def margin(problem: Problem, inputs: Mapping[str, Any]) -> float:
         distances.append(norm - router.normalize_eps if router.eps_mode == "max" else [])
     if config.experts.activation in ("relu", "relu2"):
         distances += [gate for _, gate, _, _ in out.cache.experts]
-    if (
-        config.shared is not None
-        and config.shared.activation in ("relu", "relu2")
-        and out.cache.shared is not None
-    ):
+    if config.shared is not None and config.shared.activation in ("relu", "relu2") and out.cache.shared is not None:
         distances.append(out.cache.shared.ffn[1])
     if config.dispatch.drop_priority in ("probability", "batch"):
         distances.append(_gaps(routing.weights[routing.indices >= 0]))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-import numoe
 from numoe.config import PRIORITIES
 from numoe.testing import assert_bitwise_equal
 
@@ -192,17 +191,11 @@ def test_float32_and_float64_weights_drop_the_same(case: Case) -> None:
         pytest.param({"capacity_factor": 1.25}, 64, 20, id="factor"),
         pytest.param({"capacity_factor": 1.0}, 9, 3, id="2.25 rounds up"),
         pytest.param({"capacity_factor": 1.0, "capacity_rounding": "floor"}, 9, 2, id="2.25 rounds down"),
-        pytest.param(
-            {"capacity_factor": 1.0, "capacity_rounding": "nearest"}, 9, 2, id="2.25 to the nearest"
-        ),
-        pytest.param(
-            {"capacity_factor": 1.0, "capacity_rounding": "nearest"}, 11, 3, id="2.75 to the nearest"
-        ),
+        pytest.param({"capacity_factor": 1.0, "capacity_rounding": "nearest"}, 9, 2, id="2.25 to the nearest"),
+        pytest.param({"capacity_factor": 1.0, "capacity_rounding": "nearest"}, 11, 3, id="2.75 to the nearest"),
         pytest.param({"capacity_factor": 1.0, "capacity_times_k": False}, 64, 8, id="T / E"),
         pytest.param({"capacity_factor": 1.0, "min_capacity": 30}, 64, 30, id="minimum"),
-        pytest.param(
-            {"capacity_factor": 1.0, "capacity_multiple_of": 12}, 64, 24, id="rounded up to a multiple"
-        ),
+        pytest.param({"capacity_factor": 1.0, "capacity_multiple_of": 12}, 64, 24, id="rounded up to a multiple"),
         pytest.param({"capacity": 7}, 64, 7, id="fixed"),
         pytest.param({"capacity_factor": 1.0}, 0, 0, id="no tokens"),
     ],
@@ -215,9 +208,7 @@ def test_capacity_formula(options: dict[str, Any], tokens: int, expected: int) -
 def test_masked_tokens_do_not_count_for_capacity() -> None:
     router = numoe.RouterConfig(num_experts=2, top_k=1)
     mask = np.arange(8) < 4  # 4 real tokens: C = 1 * 4 / 2 = 2
-    routing = numoe.Routing(
-        indices=np.where(mask, 0, -1)[:, None].astype(np.int32), weights=np.ones((8, 1)), mask=mask
-    )
+    routing = numoe.Routing(indices=np.where(mask, 0, -1)[:, None].astype(np.int32), weights=np.ones((8, 1)), mask=mask)
     plan = numoe.dispatch(routing, router, numoe.DispatchConfig(capacity_factor=1.0))
     assert plan.capacity == 2 and plan.load.tolist() == [2, 0]
 

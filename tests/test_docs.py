@@ -6,9 +6,8 @@ import pkgutil
 import re
 from pathlib import Path
 
-import pytest
-
 import numoe
+import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe import losses, optim
 from numoe.testing import assert_bitwise_equal
 

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.config import ACTIVATIONS
 from numoe.testing import assert_bitwise_equal
 
@@ -36,9 +35,7 @@ def plan_of(experts: Array, num_experts: int) -> numoe.Dispatch:
     return numoe.dispatch(routing, numoe.RouterConfig(num_experts=num_experts, top_k=1))
 
 
-def relu_by_numpy(
-    x: Array, experts: Array, p: dict[str, Array], weights: Array, dy: Array
-) -> dict[str, Array]:
+def relu_by_numpy(x: Array, experts: Array, p: dict[str, Array], weights: Array, dy: Array) -> dict[str, Array]:
     """Forward and backward of relu experts, token by token in float64: y and the gradient of everything."""
     p = {name: value.astype(np.float64) for name, value in p.items()}
     out = {f"d{name}": np.zeros_like(value) for name, value in p.items()}
@@ -64,9 +61,7 @@ def relu_by_numpy(
     return out
 
 
-def relu_by_numoe(
-    x: Array, experts: Array, p: dict[str, Array], weights: Array, dy: Array
-) -> dict[str, Array]:
+def relu_by_numoe(x: Array, experts: Array, p: dict[str, Array], weights: Array, dy: Array) -> dict[str, Array]:
     form = "glu" if "w_gate" in p else "mlp"
     config = numoe.ExpertConfig(d_ff=p["w_up"].shape[2], form=form, activation="relu", bias=True)
     plan = plan_of(experts, len(p["w_up"]))
@@ -301,9 +296,7 @@ def test_equal_rows_and_equal_columns_have_equal_bits(n: int, rng: np.random.Gen
     x, up, down = (rng.standard_normal(s).astype(np.float32) for s in ((1, 6), (1, 6, 9), (1, 9, 6)))
     y = mlp(np.repeat(x, n, axis=0), up, down, "gelu")
     assert_bitwise_equal(y, np.repeat(y[:1], n, axis=0))
-    wide = mlp(
-        np.repeat(x[:, :1], n, axis=1), np.repeat(up[:, :1], n, axis=1), np.repeat(down[:, :, :1], n, axis=2)
-    )
+    wide = mlp(np.repeat(x[:, :1], n, axis=1), np.repeat(up[:, :1], n, axis=1), np.repeat(down[:, :, :1], n, axis=2))
     assert_bitwise_equal(wide, np.repeat(wide[:, :1], n, axis=1))
 
 
@@ -320,9 +313,7 @@ def test_subnormal_numbers_survive(dtype: Any) -> None:
 
 def test_the_floating_point_mode_stays() -> None:
     smallest = np.array([1e-40], np.float32)
-    assert (smallest * np.float32(0.5))[0] == np.float32(
-        5e-41
-    )  # not flushed to zero by importing or computing
+    assert (smallest * np.float32(0.5))[0] == np.float32(5e-41)  # not flushed to zero by importing or computing
     mlp(
         np.ones((200, 33), np.float32),
         np.ones((1, 33, 65), np.float32),

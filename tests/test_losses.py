@@ -399,9 +399,7 @@ def test_gradient(name: str, masked: bool) -> None:
     arrays = random_arrays(11)
     mask = np.random.default_rng(12).random(12) < 0.6 if masked else None
     for of, gradient in gradients(LOSSES[name](arrays, mask, [5, 0, 1, 6])).items():
-        assert_gradient(
-            gradient, lambda x, of=of: LOSSES[name](arrays | {of: x}, mask, [5, 0, 1, 6]).value, arrays[of]
-        )
+        assert_gradient(gradient, lambda x, of=of: LOSSES[name](arrays | {of: x}, mask, [5, 0, 1, 6]).value, arrays[of])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (12, 1), (1, 5), (1, 1)])
@@ -680,9 +678,7 @@ ERRORS = {
     "TypeError: logits must be an array": lambda: z_loss("logits"),
     r"ValueError: counts .*\(E,\) = \(3,\)": lambda: update_choice_bias(np.zeros(3), [1, 2]),
     r"ValueError: counts\[1\] must be finite .* got -2": lambda: update_choice_bias(np.zeros(2), [1, -2]),
-    r"ValueError: counts\[1\] must be finite .* got nan": lambda: update_choice_bias(
-        np.zeros(2), [1, np.nan]
-    ),
+    r"ValueError: counts\[1\] must be finite .* got nan": lambda: update_choice_bias(np.zeros(2), [1, np.nan]),
     "TypeError: counts must be an array of numbers": lambda: update_choice_bias(np.zeros(1), ["a"]),
     "ValueError: rate must .* got -1": lambda: update_choice_bias(np.zeros(2), [1, 2], rate=-1),
     "ValueError: rate must .* got nan": lambda: update_choice_bias(np.zeros(2), [1, 2], rate=math.nan),

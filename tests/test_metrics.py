@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from numoe import metrics
 
 BALANCED = np.arange(12).reshape(6, 2) % 4  # T=6, K=2, E=4: every expert three times
@@ -174,9 +173,7 @@ def test_summary_is_a_flat_dict_of_floats_with_fixed_keys():
     bare = metrics.summary(output(logits=None, capacity=None))
     assert bare.keys() == got.keys()
     assert math.isnan(bare["token_entropy"]) and math.isnan(bare["z_norm"]) and bare["capacity"] == math.inf
-    empty = metrics.summary(
-        output(mask=np.zeros(3, bool), indices=np.full((3, 2), -1), kept=np.zeros((3, 2), bool))
-    )
+    empty = metrics.summary(output(mask=np.zeros(3, bool), indices=np.full((3, 2), -1), kept=np.zeros((3, 2), bool)))
     assert empty["tokens"] == 0 and math.isnan(empty["cv"]) and math.isnan(empty["token_entropy"])
 
 

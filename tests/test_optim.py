@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-
 from numoe import optim
 from numoe.optim import SGD, AdamW
 
@@ -337,9 +336,7 @@ def test_a_refused_step_changes_nothing(fault):
     state = optimizer.state_dict() if fault != "setting" else before_state
     assert optimizer.step_count == 1
     assert all(old[name].tobytes() == before_params[name].tobytes() for name in old)
-    assert all(
-        state[n].tobytes() == a.tobytes() for n, a in before_state.items() if fault != "lr" or n != "lr"
-    )
+    assert all(state[n].tobytes() == a.tobytes() for n, a in before_state.items() if fault != "lr" or n != "lr")
 
 
 STATE_FAULTS = {

@@ -73,7 +73,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 def forward(problem: Problem, **inputs: Any) -> reference.MoEOutput:
     x = inputs.pop("x", problem.x)
-    return reference.forward(problem.config, problem.params, x, buffers=problem.buffers, **inputs)
+    buffers = inputs.pop("buffers", problem.buffers)
+    return reference.forward(problem.config, problem.params, x, buffers=buffers, **inputs)
 
 
 def backward(problem: Problem, out: reference.MoEOutput, d_aux_loss: float = 1.0) -> reference.MoEGrads:
@@ -182,9 +183,7 @@ def test_forward_is_the_double_loop(score: str, normalization: dict[str, Any]) -
     combinations = itertools.product(FORMS, WEIGHT_ON, PRIORITIES)
     for seed, (form, weight_on, priority) in enumerate(combinations):
         options = {"form": form, "weight_on": weight_on, "drop_priority": priority, "capacity_factor": 0.75}
-        assert_equals_double_loop(
-            random_problem(seed, score=score, d_ff=3, tokens=7, **options, **normalization)
-        )
+        assert_equals_double_loop(random_problem(seed, score=score, d_ff=3, tokens=7, **options, **normalization))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -230,9 +229,7 @@ def worst_error(problem: Problem, d_aux_loss: float = 1.0, **inputs: Any) -> flo
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("score", SCORES)
-def test_backward_of_every_router(
-    score: str, normalization: dict[str, Any], separated_problem: Build
-) -> None:
+def test_backward_of_every_router(score: str, normalization: dict[str, Any], separated_problem: Build) -> None:
     for i, (form, weight_on) in enumerate(itertools.product(FORMS, WEIGHT_ON)):
         options = {
             "score": score,
@@ -302,9 +299,7 @@ def test_every_coordinate_of_one_layer(reference_layer: Any, rng: np.random.Gene
     config = random_problem(
         d_model=3, d_ff=2, num_experts=3, aux_losses={"switch": 0.5, "z": 0.1}, bias=True, linear_bias=True
     ).config
-    report = check_gradients(
-        reference_layer(config=config, rng=1), rng.standard_normal((4, 3)), num_coordinates=40
-    )
+    report = check_gradients(reference_layer(config=config, rng=1), rng.standard_normal((4, 3)), num_coordinates=40)
     assert all(check.checked == math.prod(check.shape) + 1 for check in report.checks if check.rerouted == 0)
     assert report.ok, report
 
@@ -353,9 +348,7 @@ def test_rows_are_sorted_by_expert_then_token() -> None:
 
 
 def test_ties_go_to_the_earlier_token() -> None:
-    routing = reference.Routing(
-        indices=np.array([[1, 0], [0, 1], [0, 1]], np.int32), weights=np.full((3, 2), 0.5)
-    )
+    routing = reference.Routing(indices=np.array([[1, 0], [0, 1], [0, 1]], np.int32), weights=np.full((3, 2), 0.5))
     router = RouterConfig(num_experts=2, top_k=2)
     for priority, kept in (
         ("position", [[1, 1], [0, 0], [0, 0]]),
@@ -429,9 +422,7 @@ NAN, INF = np.nan, np.inf
     ],
 )
 @pytest.mark.parametrize("score", ["softmax", "softmax_chosen"])
-def test_ties_and_infinities(
-    score: str, logits: list[float], indices: list[int], weights: list[float]
-) -> None:
+def test_ties_and_infinities(score: str, logits: list[float], indices: list[int], weights: list[float]) -> None:
     routing = route(logits, top_k=2, score=score)
     assert routing.indices.tolist() == [indices]
     assert_close(routing.weights, [weights])
@@ -455,29 +446,27 @@ def test_scores_that_underflow_are_normalised_in_log_space() -> None:
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_chosen_scores_that_are_all_zero_give_no_weight(normalization: dict[str, Any]) -> None:
     options = {"top_k": 2, "score": "sigmoid", **normalization}
-    routing = route(
-        [-INF, -INF, 0.0], [5.0, 5.0, 0.0], **options
-    )  # the bias wants the two that cannot be had
+    routing = route([-INF, -INF, 0.0], [5.0, 5.0, 0.0], **options)  # the bias wants the two that cannot be had
     assert routing.indices.tolist() == [[0, 1]]
     assert routing.weights.tolist() == [[0.0, 0.0]]
     dlogits = reference.route_backward(np.ones((1, 2)), routing, RouterConfig(num_experts=3, **options))
     assert dlogits.tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_a_group_outside_is_never_chosen() -> None:
-    # Group scores (sum of the best two): -.2, -.4, NaN.  The kept group's own NaN still comes before any
-    # other group.
-    logits = [NAN, -0.2, 0.0, -0.3, -0.1, NAN, NAN, 9.0, NAN]
-    assert route(logits, top_k=3, score="softmax_chosen", num_groups=3).indices.tolist() == [[2, 1, 0]]
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+def test_groups_with_nan_come_last_but_inside_a_kept_group_nan_comes_before_outsiders(group_score: str) -> None:
+    options = {"score": "softmax_chosen", "num_groups": 3, "group_score": group_score}
+    one_clean = [NAN, 5.0, 4.0, 1.0, 2.0, 1.0, 0.0, 0.0, 0.0]
+    assert route(one_clean, top_k=3, **options).indices.tolist() == [[4, 3, 5]]
+    all_nan = [NAN, -0.2, 0.0, 7.0, 8.0, NAN, NAN, 9.0, NAN]  # a tie: the lower group
+    assert route(all_nan, top_k=3, **options).indices.tolist() == [[2, 1, 0]]
 
 
 def test_no_expert_is_available() -> None:
     with pytest.raises(ValueError, match="no expert is available for token 1: all its logits are -inf"):
         route([[0.0, 1.0], [-INF, -INF]], top_k=1)
     mask = np.array([True, False])
-    routing = reference.route(
-        np.array([[0.0, 1.0], [-INF, -INF]]), RouterConfig(num_experts=2, top_k=1), mask=mask
-    )
+    routing = reference.route(np.array([[0.0, 1.0], [-INF, -INF]]), RouterConfig(num_experts=2, top_k=1), mask=mask)
     assert routing.indices.tolist() == [[1], [-1]]
     assert routing.weights.tolist() == [[1.0], [0.0]]
 
@@ -523,9 +512,7 @@ def test_a_nan_token_stays_alone() -> None:
 def test_nothing_to_do(mask: bool | None) -> None:
     tokens, losses = (0, 3) if mask is None else (2, 3), dict.fromkeys(AUX_LOSSES, 0.1)
     shared = SharedExpertConfig(d_ff=3)
-    problem = random_problem(
-        tokens=tokens, aux_losses=losses, noise_std=0.1, capacity_factor=1.0, shared=shared
-    )
+    problem = random_problem(tokens=tokens, aux_losses=losses, noise_std=0.1, capacity_factor=1.0, shared=shared)
     out = forward(problem, rng=0, mask=None if mask is None else np.zeros(tokens, bool))
     grads = backward(problem, out)
     assert out.y.shape == grads.x.shape == problem.x.shape
@@ -539,9 +526,7 @@ def test_an_idle_expert_has_gradients_of_zero() -> None:
     out = forward(problem)
     idle = np.setdiff1d(np.arange(6), out.routing.indices)
     assert idle.size
-    assert not any(
-        backward(problem, out).params[name][idle].any() for name in ("w_gate", "w_up", "w_down", "b_down")
-    )
+    assert not any(backward(problem, out).params[name][idle].any() for name in ("w_gate", "w_up", "w_down", "b_down"))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -669,13 +654,14 @@ def test_arguments_are_left_alone_and_shapes_restored() -> None:
             "give logits, or indices and weights, or none of them; got indices",
         ),
         ({"logits": np.zeros((12, 6)), "weights": np.zeros((12, 2))}, "got logits and weights"),
+        ({"buffers": None}, "choice_bias=True needs buffers="),
         ({"sequence_lengths": [5, 6]}, "sequence_lengths must sum to the number of tokens, 12; got 11"),
         ({"indices": np.zeros((12, 2), int), "weights": np.ones((12, 2))}, "aux_losses 'z' needs logits"),
     ],
 )
 def test_arguments_that_do_not_fit(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        forward(random_problem(aux_losses={"z": 1.0}), **inputs)
+        forward(random_problem(aux_losses={"z": 1.0}, choice_bias=True), **inputs)
 
 
 # ── other people's code ─────────────────────────────────────────────────────────────────────────────────────
@@ -686,9 +672,7 @@ def test_mixtral_of_transformers() -> None:
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     problem = random_problem(tokens=(2, 7), aux_losses={"hf": 1.0})
     w = {name: torch.tensor(value) for name, value in problem.params.items()}
-    config = mixtral.MixtralConfig(
-        hidden_size=8, intermediate_size=12, num_local_experts=6, num_experts_per_tok=2
-    )
+    config = mixtral.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=6, num_experts_per_tok=2)
     config._experts_implementation = "eager"
     block = mixtral.MixtralSparseMoeBlock(config).to(torch.float64)
     with torch.no_grad():
@@ -795,9 +779,7 @@ def test_check_gradients_finds_a_fault(reference_layer: Any, rng: np.random.Gene
     assert not report.ok
     assert report.worst.name == "w_up"
     assert report.worst.error == pytest.approx(1e-5, rel=1e-3)
-    with pytest.raises(
-        AssertionError, match=r"gradients differ: w_up; worst relative error 1.0e-05 \(w_up\)"
-    ):
+    with pytest.raises(AssertionError, match=r"gradients differ: w_up; worst relative error 1.0e-05 \(w_up\)"):
         report.assert_ok()
     assert check_gradients(layer, rng.standard_normal((9, 8)), tolerance=1e-4).ok
     for name, value in layer.params.items():

@@ -1,7 +1,7 @@
 """Arrays in: every user array passes through here once and comes out as the core wants it.
 
-C-contiguous, aligned, native byte order, of the layer's dtype - copied only where that is not so already.  What cannot be
-meant (objects, complex numbers, masks that would be lost) is refused with the argument's name and a way out.
+C-contiguous, aligned, native byte order, of the layer's dtype - copied only where that is not so already.  What cannot
+be meant (objects, complex numbers, masks that would be lost) is refused with the argument's name and a way out.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ def _plain_array(x: Any, name: str) -> npt.NDArray[Any]:
     if type(x) is np.ndarray:
         return x
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array and its mask would be lost; pass {name}.filled(0) and mask=~{name}.mask.")
+        raise TypeError(
+            f"{name} is a masked array and its mask would be lost; pass {name}.filled(0) and mask=~{name}.mask."
+        )
     if isinstance(x, np.matrix):
-        raise TypeError(f"{name} is a np.matrix, which is always 2-D and multiplies differently; pass np.asarray({name}).")
+        raise TypeError(
+            f"{name} is a np.matrix, which is always 2-D and multiplies differently; pass np.asarray({name})."
+        )
     if x is None or isinstance(x, str | bytes | dict | set):
         raise TypeError(f"{name} must be an array of numbers; got {type(x).__name__}.")
     try:
@@ -79,8 +83,9 @@ def as_mask(mask: Any, num_tokens: int, name: str = "mask") -> BoolArray:
         raise TypeError(f"{name} must be an array of bools, True for real tokens; got dtype {array.dtype}.")
     if array.size != num_tokens:
         raise ValueError(f"{name} must have one entry per token ({num_tokens}); got shape {array.shape}.")
-    bytes_ = np.require(array.reshape(num_tokens), requirements=["C", "A"]).view(np.uint8)
-    return bytes_ != 0  # a bool array made by .view(bool) may hold other bytes than 0 and 1
+    stored = np.require(array.reshape(num_tokens), requirements=["C", "A"]).view(np.uint8)
+    real: BoolArray = stored != 0
+    return real  # a bool array made by .view(bool) may hold other bytes than 0 and 1
 
 
 def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArray:
@@ -105,4 +110,6 @@ def check_distinct(indices: IntArray, name: str = "indices") -> None:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         t, k = (int(i) for i in np.argwhere(twice)[0])
-        raise ValueError(f"{name}[{t}] chooses expert {ordered[t, k]} twice; the choices of one token must be distinct.")
+        raise ValueError(
+            f"{name}[{t}] chooses expert {ordered[t, k]} twice; the choices of one token must be distinct."
+        )

@@ -1,14 +1,14 @@
 """Types of the compiled core.  Private: arrays must be C-contiguous, aligned and of exactly the stated dtype."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Float = NDArray[np.floating[Any]]
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-Bool = NDArray[np.bool_]
+Float: TypeAlias = NDArray[np.floating[Any]]
+Int32: TypeAlias = NDArray[np.int32]
+Int64: TypeAlias = NDArray[np.int64]
+Bool: TypeAlias = NDArray[np.bool_]
 
 bad_num_threads: str | None
 

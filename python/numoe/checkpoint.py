@@ -77,8 +77,8 @@ def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     target = Path(path)
     if target.suffix in _REFUSED:
         raise CheckpointError(
-            f"{target}: {target.suffix} files may run code when they are read, so numoe does not read them.  Convert it "
-            "with safetensors.torch.save_file in the program that wrote it."
+            f"{target}: {target.suffix} files may run code when they are read, so numoe does not read them.  Convert "
+            "it with safetensors.torch.save_file in the program that wrote it."
         )
     with target.open("rb"):  # OSError with the path: missing, a directory, no permission
         pass
@@ -87,7 +87,8 @@ def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(
-                    f"{target}: not written by numoe.MoELayer.save (format {metadata.get('format')!r}, expected {FORMAT!r})."
+                    f"{target}: not written by numoe.MoELayer.save "
+                    f"(format {metadata.get('format')!r}, expected {FORMAT!r})."
                 )
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         return state, _parse_config(metadata.get("config", ""))
@@ -115,7 +116,9 @@ def check_state(
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     if strict and (missing or unexpected):
-        parts = [f"{kind}: {_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        parts = [
+            f"{kind}: {_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
         raise CheckpointError(f"{source}: {'; '.join(parts)}.  Pass strict=False to load what fits.")
     for name, (shape, dtype) in expected.items():
         if name not in state:
@@ -126,7 +129,9 @@ def check_state(
             if value.ndim >= 2 and value.shape == (*shape[:-2], shape[-1], shape[-2]):
                 hint = "  It is transposed: numoe's weights read like NumPy, x @ w."
             raise CheckpointError(f"{source}: {name!r} must have shape {shape}; got {value.shape}.{hint}")
-        if value.dtype.kind not in "fV" or (value.dtype != dtype and value.dtype.kind == "V" and not value.dtype.names is None):
+        if value.dtype.kind not in "fV" or (
+            value.dtype != dtype and value.dtype.kind == "V" and value.dtype.names is not None
+        ):
             raise CheckpointError(f"{source}: {name!r} must be floating-point like {dtype}; got {value.dtype}.")
     return missing + unexpected
 

@@ -52,7 +52,7 @@ def _real(name: str, value: Any, *, low: float = 0.0, strict: bool = False, high
     if isinstance(value, bool | np.bool_ | str | bytes) or not np.isscalar(value):
         raise TypeError(f"{name} must be a real number; got {value!r} ({type(value).__name__}).")
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be a real number; got {value!r} ({type(value).__name__}).") from None
     if not math.isfinite(number) or number < low or (strict and number == low) or number > high:
@@ -80,10 +80,10 @@ def _flag(name: str, value: Any) -> bool:
 def as_dtype(value: Any) -> np.dtype[Any]:
     """The layer dtype meant by `value`: native float32 or float64, anything else is refused with a sentence."""
     try:
-        dtype = np.dtype(value)
+        dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}.") from None
-    dtype = dtype.newbyteorder("=")
+    dtype = np.dtype(dtype.newbyteorder("="))
     if dtype.name not in DTYPES or value is None:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}; got {value!r}.")
     return dtype
@@ -276,8 +276,8 @@ class DispatchConfig(_Checked):
             assert self.capacity_factor is not None
             choices = router.top_k if self.capacity_times_k else 1
             exact = self.capacity_factor * choices * num_tokens / router.num_experts
-            rounding = {"ceil": math.ceil, "floor": math.floor, "nearest": round}[self.capacity_rounding]
-            size = max(self.min_capacity, int(rounding(exact)))
+            whole = {"ceil": math.ceil(exact), "floor": math.floor(exact), "nearest": round(exact)}
+            size = max(self.min_capacity, whole[self.capacity_rounding])
         step = self.capacity_multiple_of
         return -(-size // step) * step
 
@@ -409,7 +409,7 @@ class MoEConfig(_Checked):
             if math.prod(shape) > _MAX_ELEMENTS:
                 raise ValueError(
                     f"{name} {shape} would hold {math.prod(shape):,} numbers "
-                    f"({math.prod(shape) * np.dtype(self.dtype).itemsize:,} bytes); that is more than numoe can address."
+                    f"({math.prod(shape) * np.dtype(self.dtype).itemsize:,} bytes), more than numoe can address."
                 )
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -453,9 +453,10 @@ class MoEConfig(_Checked):
 
     @classmethod
     def from_options(cls, **options: Any) -> MoEConfig:
-        """The configuration from flat keywords: every field name of the four classes is unique, so it finds its place.
+        """The configuration from flat keywords: field names of the classes are unique, so each finds its place.
 
-        >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1, capacity_factor=1.5).dispatch.capacity_factor
+        >>> config = MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1, capacity_factor=1.5)
+        >>> config.dispatch.capacity_factor
         1.5
         """
         parts: dict[type, dict[str, Any]] = {RouterConfig: {}, ExpertConfig: {}, DispatchConfig: {}}
@@ -479,7 +480,7 @@ class MoEConfig(_Checked):
         )
 
     def replace(self, **options: Any) -> MoEConfig:
-        """This configuration with some flat options changed; the names are those of `from_options`.
+        """A copy of the configuration with some flat options changed; the names are those of `from_options`.
 
         >>> config = MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1)
         >>> config.replace(capacity_factor=1.0, dtype="float64").dispatch.capacity_factor
@@ -494,6 +495,21 @@ class MoEConfig(_Checked):
         for part in (self.router, self.experts, self.dispatch):
             current |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
         return self.from_options(**{**current, **options})
+
+    def main_settings(self) -> dict[str, Any]:
+        """What a reader wants to see first: the sizes, and every setting that is not the default."""
+        sizes = {"d_model": self.d_model, "d_ff": self.experts.d_ff}
+        settings: dict[str, Any] = {**sizes, "num_experts": self.router.num_experts, "top_k": self.router.top_k}
+        for part in (self.router, self.experts, self.dispatch):
+            for known in dataclasses.fields(part):
+                value = getattr(part, known.name)
+                if known.name not in settings and value != known.default:
+                    settings[known.name] = value
+        if self.shared is not None:
+            settings["shared"] = f"{self.shared.form}({self.shared.d_ff})"
+        if self.aux_losses:
+            settings["aux_losses"] = dict(self.aux_losses)
+        return {**settings, "dtype": self.dtype}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, ready for JSON; `from_dict` is the inverse."""

@@ -63,7 +63,9 @@ def show_versions() -> None:
         if name == "targets":
             chosen = _core.target()
             for target in value:
-                state = "in use" if target["name"] == chosen else "available" if target["supported"] else "not on this CPU"
+                state = (
+                    "in use" if target["name"] == chosen else "available" if target["supported"] else "not on this CPU"
+                )
                 print(f"  {target['name']:<10} {state:<16} {target['description']}")
         elif isinstance(value, dict):
             print(f"{name + ':':<16}" + ", ".join(f"{key} {text}" for key, text in value.items()))

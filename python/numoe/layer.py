@@ -13,8 +13,17 @@ import numpy.typing as npt
 
 from numoe import checkpoint, losses
 from numoe._arrays import BoolArray, FloatArray, as_float, as_indices, as_mask
-from numoe.config import ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from numoe.experts import ExpertCache, experts_backward, experts_forward
+from numoe._steps import (
+    SHARED_GATE,
+    Branch,
+    RouterPass,
+    aux_gradients,
+    aux_losses_of,
+    check_nan,
+    run,
+    run_shared,
+)
+from numoe.config import MoEConfig
 from numoe.routing import (
     Dispatch,
     Routing,
@@ -27,8 +36,6 @@ from numoe.routing import (
     router_logits,
     router_logits_backward,
 )
-
-NAN_POLICIES = ("propagate", "raise")
 
 
 @dataclass(frozen=True)
@@ -92,42 +99,14 @@ class MoEGrads:
 
 
 @dataclass(frozen=True)
-class _RouterPass:
-    """The logits and how they came about."""
-
-    logits: FloatArray  # (T, E), what was routed on
-    clean: FloatArray  # (T, E), before the noise
-    noise_std: float  # 0: no noise was drawn
-    x: FloatArray | None  # (T, D), the router's input; None: the logits came from outside
-    jitter: FloatArray | None  # (T, D), the factor in that input
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """One set of experts at work: its plan, the weights it combined with, and its cache."""
-
-    config: ExpertConfig
-    params: dict[str, FloatArray]
-    routing: Routing
-    plan: Dispatch
-    weights: FloatArray | None
-    cache: ExpertCache
-
-    def backward(self, dy: FloatArray, x: FloatArray) -> tuple[FloatArray, FloatArray | None, dict[str, FloatArray]]:
-        return experts_backward(
-            dy, x, self.plan, self.params, self.config, self.cache, weights=self.weights, combined=True
-        )
-
-
-@dataclass(frozen=True)
 class _Cache:
     """What `backward` needs."""
 
     config: MoEConfig
     x: FloatArray  # (T, D), zeros for masked tokens
-    router: _RouterPass | None  # None: indices and weights came from outside
-    routed: _Branch
-    shared: _Branch | None
+    router: RouterPass | None  # None: indices and weights came from outside
+    routed: Branch
+    shared: Branch | None
     losses: dict[str, losses.Loss]
     given: tuple[int, ...] | None  # the shape of the logits or weights from outside
 
@@ -223,14 +202,13 @@ class MoELayer:
         return self._config.num_active_params()
 
     def __repr__(self) -> str:
-        settings = [f"{name}={value}" for name, value in _main_settings(self._config).items()]
-        return (
-            f"MoELayer({', '.join(settings)}: {self.num_params:,} parameters, {self.num_active_params:,} active per token)"
-        )
+        settings = [f"{name}={value}" for name, value in self._config.main_settings().items()]
+        sizes = f"{self.num_params:,} parameters, {self.num_active_params:,} active per token"
+        return f"MoELayer({', '.join(settings)}: {sizes})"
 
     def _repr_html_(self) -> str:
         rows = {
-            **_main_settings(self._config),
+            **self._config.main_settings(),
             "parameters": f"{self.num_params:,}",
             "active per token": f"{self.num_active_params:,}",
             "memory": f"{sum(p.nbytes for p in self.params.values()) / 1e6:,.1f} MB",
@@ -267,7 +245,7 @@ class MoELayer:
             self._check_out(out, x, shape)
         router = self._router_pass(tokens, None, None)
         routing = self._route(router, real)
-        _check_nan(router, real, nan_policy)
+        check_nan(router, real, nan_policy)
         plan = dispatch(routing, self._config.router, self._config.dispatch, sequence_lengths=_lengths(shape))
         y = self._branches(tokens, routing, plan, real, keep_cache=False)[0].reshape(shape)
         if out is None:
@@ -325,10 +303,10 @@ class MoELayer:
         else:
             router = self._router_pass(tokens, logits, rng)
             routing, given = self._route(router, real), None if logits is None else np.shape(logits)
-            _check_nan(router, real, nan_policy)
+            check_nan(router, real, nan_policy)
         plan = dispatch(routing, config.router, config.dispatch, sequence_lengths=lengths)
         y, routed, shared = self._branches(tokens, routing, plan, real, keep_cache=True)
-        found = _aux_losses(config, routing, router, lengths)
+        found = aux_losses_of(config, routing, router, lengths)
         terms = {name: LossTerm(loss.value, config.aux_losses[name]) for name, loss in found.items()}
         return MoEOutput(
             y=y.reshape(shape),
@@ -341,14 +319,14 @@ class MoELayer:
 
     def _branches(
         self, x: FloatArray, routing: Routing, plan: Dispatch, real: BoolArray | None, *, keep_cache: bool
-    ) -> tuple[FloatArray, _Branch, _Branch | None]:
+    ) -> tuple[FloatArray, Branch, Branch | None]:
         """The routed experts' and the shared expert's sum (T, D), and what their backwards need."""
         config = self._config
         used = combine_weights(routing, plan, config.router, config.dispatch)
-        y, routed = _run(config.experts, self.params, x, routing, plan, used, keep_cache)
+        y, routed = run(config.experts, self.params, x, routing, plan, used, keep_cache)
         if config.shared is None:
             return y, routed, None
-        y_shared, shared = _run_shared(config.shared, self.params, x, real, keep_cache)
+        y_shared, shared = run_shared(config.shared, self.params, x, real, keep_cache)
         y += y_shared
         return y, routed, shared
 
@@ -386,7 +364,7 @@ class MoELayer:
         assert dused is not None
         # used = combine_weights(routing.weights);  aux_loss = Σ coefficient * loss(weights, logits)
         dweights = combine_weights_backward(dused, out.routing, out.dispatch, config.router, config.dispatch)
-        dweights_aux, dlogits_aux = _aux_gradients(config, cache.losses, float(d_aux_loss))
+        dweights_aux, dlogits_aux = aux_gradients(config, cache.losses, float(d_aux_loss))
         dweights = dweights + dweights_aux
         if cache.router is None:
             params = self._ordered(dparams)
@@ -408,7 +386,7 @@ class MoELayer:
         dx, dgate, dparams = cache.shared.backward(dy, cache.x)
         renamed = {name.replace("w_", "w_shared_"): gradient[0] for name, gradient in dparams.items()}
         if dgate is not None:  # gate = sigmoid(x @ w_shared_score)
-            dscore = route_backward(dgate, cache.shared.routing, _SHARED_GATE)
+            dscore = route_backward(dgate, cache.shared.routing, SHARED_GATE)
             dx_score, dw, _ = router_logits_backward(dscore, cache.x, self.params["w_shared_score"][:, None])
             dx += dx_score
             renamed["w_shared_score"] = dw[:, 0]
@@ -430,7 +408,7 @@ class MoELayer:
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tokens(self, x: Any, mask: Any) -> tuple[FloatArray, tuple[int, ...], BoolArray | None]:
-        """x as (T, D) with zeros where masked, its original shape, and the mask (T,)."""
+        """X as (T, D) with zeros where masked, its original shape, and the mask (T,)."""
         self._check_params()
         array = as_float(x, "x", self.dtype)
         width = self._config.d_model
@@ -460,7 +438,7 @@ class MoELayer:
                         f"Assign in place: layer.{kind}[{name!r}][...] = value."
                     )
 
-    def _router_pass(self, x: FloatArray, logits: Any, rng: Any) -> _RouterPass:
+    def _router_pass(self, x: FloatArray, logits: Any, rng: Any) -> RouterPass:
         """Logits of the linear router or from outside; jitter, then noise, are drawn in float64 if rng is given."""
         router = self._config.router
         generator = None if rng is None else np.random.default_rng(rng)
@@ -478,16 +456,14 @@ class MoELayer:
                 seen = x * jitter
             clean = router_logits(seen, self.params["w_router"], self.params.get("b_router"))
         if generator is None or router.noise_std == 0:
-            return _RouterPass(clean, clean, 0.0, seen, jitter)
+            return RouterPass(clean, clean, 0.0, seen, jitter)
         noise = generator.standard_normal(clean.shape).astype(self.dtype)
-        return _RouterPass(clean + self.dtype.type(router.noise_std) * noise, clean, router.noise_std, seen, jitter)
+        return RouterPass(clean + self.dtype.type(router.noise_std) * noise, clean, router.noise_std, seen, jitter)
 
-    def _route(self, router: _RouterPass, real: BoolArray | None) -> Routing:
+    def _route(self, router: RouterPass, real: BoolArray | None) -> Routing:
         return route(router.logits, self._config.router, choice_bias=self.buffers.get("choice_bias"), mask=real)
 
-    def _outside_routing(
-        self, indices: Any, weights: Any, shape: tuple[int, ...], real: BoolArray | None
-    ) -> Routing:
+    def _outside_routing(self, indices: Any, weights: Any, shape: tuple[int, ...], real: BoolArray | None) -> Routing:
         """The caller's decision; masked tokens are not routed, and what is not routed weighs 0."""
         width = (math.prod(shape[:-1]), self._config.router.top_k)
         if np.size(indices) != math.prod(width) or np.shape(indices) != np.shape(weights):
@@ -505,7 +481,9 @@ class MoELayer:
         if not isinstance(out, np.ndarray) or out.dtype != self.dtype:
             raise TypeError(f"out must be a {self.dtype} array; got {getattr(out, 'dtype', type(out).__name__)}.")
         if out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(f"out must be writable, C-contiguous and of shape {shape}; got {out.shape}, {out.strides=}.")
+            raise ValueError(
+                f"out must be writable, C-contiguous and of shape {shape}; got {out.shape}, {out.strides=}."
+            )
         if isinstance(x, np.ndarray) and np.shares_memory(out, x):
             raise ValueError("out overlaps x; pass another array.")
 
@@ -607,82 +585,6 @@ class MoELayer:
         return twin
 
 
-# ── the shared expert is an MoE of one expert that every token visits ────────────────────────────────────────────────
-
-_SHARED_GATE = RouterConfig(num_experts=1, top_k=1, score="sigmoid", normalize="none")
-
-
-def _run_shared(
-    config: SharedExpertConfig, params: Mapping[str, FloatArray], x: FloatArray, real: BoolArray | None, keep_cache: bool
-) -> tuple[FloatArray, _Branch]:
-    score = params.get("w_shared_score")
-    logits = np.zeros((len(x), 1), x.dtype) if score is None else router_logits(x, score[:, None])
-    routing = route(logits, _SHARED_GATE, mask=real)
-    own = {name: params[f"w_shared_{name[2:]}"][None] for name in ("w_gate", "w_up", "w_down") if f"w_shared_{name[2:]}" in params}
-    experts = ExpertConfig(d_ff=config.d_ff, form=config.form, activation=config.activation)
-    weights = None if score is None else routing.weights
-    return _run(experts, own, x, routing, dispatch(routing, _SHARED_GATE), weights, keep_cache)
-
-
-def _run(
-    config: ExpertConfig,
-    params: dict[str, FloatArray],
-    x: FloatArray,
-    routing: Routing,
-    plan: Dispatch,
-    weights: FloatArray | None,
-    keep_cache: bool,
-) -> tuple[FloatArray, _Branch]:
-    y, cache = experts_forward(x, plan, params, config, weights=weights, combined=True, keep_cache=keep_cache)
-    return y, _Branch(config, params, routing, plan, weights, cache)
-
-
-# ── auxiliary losses ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _aux_losses(
-    config: MoEConfig, routing: Routing, router: _RouterPass | None, lengths: Any
-) -> dict[str, losses.Loss]:
-    """Every configured loss of this routing, by name."""
-
-    def of(name: str) -> losses.Loss:
-        mask, experts = routing.mask, config.router.num_experts
-        if name == "importance":
-            return losses.importance_loss(routing.weights, routing.indices, experts, mask=mask)
-        if router is None:
-            raise ValueError(f"aux_losses {name!r} needs logits; this routing came as indices and weights.")
-        if name == "load":
-            return losses.load_loss(router.clean, router.logits, router.noise_std, config.router.top_k, mask=mask)
-        if name == "z":
-            return losses.z_loss(router.logits, mask=mask)
-        return losses.load_balance_loss(
-            router.logits,
-            routing.indices,
-            convention=name,
-            score=config.router.score,
-            mask=mask,
-            sequence_lengths=lengths,
-        )
-
-    return {name: of(name) for name in config.aux_losses}
-
-
-def _aux_gradients(
-    config: MoEConfig, found: Mapping[str, losses.Loss], scale: float
-) -> tuple[FloatArray | float, FloatArray | float]:
-    """Gradients of ``scale * aux_loss``: for the router's weights (T, K) and for the logits (T, E)."""
-    dweights: Any = 0.0
-    dlogits: Any = 0.0
-    for name, loss in found.items() if scale != 0.0 else ():
-        factor = np.dtype(config.dtype).type(scale * config.aux_losses[name])
-        if loss.dweights is not None:
-            dweights = dweights + factor * loss.dweights
-        for gradient in (loss.dlogits, loss.dnoisy_logits):  # noisy = clean + noise
-            if gradient is not None:
-                dlogits = dlogits + factor * gradient
-    return dweights, dlogits
-
-
 # ── small helpers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -693,29 +595,9 @@ def _initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, Fl
         if name.startswith("w_"):
             fan_in = value.shape[-2] if value.ndim > 1 else value.shape[0]
             std = 0.02 if name == "w_router" else fan_in**-0.5
-            rng.standard_normal(out=value, dtype=value.dtype)  # type: ignore[call-overload]
+            rng.standard_normal(out=value, dtype=value.dtype)
             value *= std
     return params
-
-
-def _main_settings(config: MoEConfig) -> dict[str, Any]:
-    """What a reader wants to see first: the sizes, and every setting that is not the default."""
-    settings: dict[str, Any] = {
-        "d_model": config.d_model,
-        "d_ff": config.experts.d_ff,
-        "num_experts": config.router.num_experts,
-        "top_k": config.router.top_k,
-    }
-    for part in (config.router, config.experts, config.dispatch):
-        for name, known in part.__dataclass_fields__.items():
-            value = getattr(part, name)
-            if name not in settings and value != known.default:
-                settings[name] = value
-    if config.shared is not None:
-        settings["shared"] = f"{config.shared.form}({config.shared.d_ff})"
-    if config.aux_losses:
-        settings["aux_losses"] = dict(config.aux_losses)
-    return {**settings, "dtype": config.dtype}
 
 
 def _source(logits: Any, indices: Any, weights: Any) -> str:
@@ -729,17 +611,3 @@ def _source(logits: Any, indices: Any, weights: Any) -> str:
 def _lengths(shape: tuple[int, ...]) -> list[int] | None:
     """Sequence lengths of x by its shape: all but the last two axes count sequences."""
     return [shape[-2]] * math.prod(shape[:-2]) if len(shape) > 2 else None
-
-
-def _check_nan(router: _RouterPass, real: BoolArray | None, policy: str) -> None:
-    if policy not in NAN_POLICIES:
-        raise ValueError(f"nan_policy must be 'propagate' or 'raise'; got {policy!r}.")
-    if policy == "propagate":
-        return
-    bad = np.isnan(router.logits) if real is None else np.isnan(router.logits) & real[:, None]
-    if bad.any():
-        t, e = (int(i) for i in np.argwhere(bad)[0])
-        raise FloatingPointError(
-            f"router logits contain {int(bad.sum())} NaN (first at token {t}, expert {e}); "
-            'set nan_policy="propagate" to let such tokens give NaN.'
-        )

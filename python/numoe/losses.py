@@ -61,7 +61,7 @@ CONVENTIONS = ("switch", "gshard", "megatron", "hf", "deepseek-sequence")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loss:
-    """A value and its gradients, ``d`` + the name of the argument they belong to and of its shape; None if there is none.
+    """A value and its gradients: ``d`` + the name of the argument, and of its shape; None if there is none.
 
     Attributes
     ----------
@@ -111,9 +111,7 @@ def _as_lengths(lengths: npt.ArrayLike | None, num_tokens: int) -> npt.NDArray[n
         return None
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(
-            f"sequence_lengths must be a 1-D array of ints; got shape {array.shape}, dtype {array.dtype}."
-        )
+        raise TypeError(f"sequence_lengths must be a 1-D array of ints; got shape {array.shape}, dtype {array.dtype}.")
     bad = np.flatnonzero((array < 0) | (array > num_tokens))
     if bad.size:
         raise ValueError(
@@ -122,9 +120,7 @@ def _as_lengths(lengths: npt.ArrayLike | None, num_tokens: int) -> npt.NDArray[n
         )
     total = sum(array.tolist())  # of Python ints, which cannot wrap around
     if total != num_tokens:
-        raise ValueError(
-            f"sequence_lengths must sum to T = {num_tokens}, the rows of logits; they sum to {total}."
-        )
+        raise ValueError(f"sequence_lengths must sum to T = {num_tokens}, the rows of logits; they sum to {total}.")
     return array.astype(np.int64)
 
 
@@ -572,9 +568,7 @@ def compare_conventions(
         if survived.dtype != np.bool_:
             raise TypeError(f"kept must be a bool array (T, K); got dtype {survived.dtype}.")
         if survived.shape != chosen.shape:
-            raise ValueError(
-                f"kept must have the shape of indices (T, K) = {chosen.shape}; got {survived.shape}."
-            )
+            raise ValueError(f"kept must have the shape of indices (T, K) = {chosen.shape}; got {survived.shape}.")
         surviving = np.where(survived, chosen, np.int32(-1))
 
     table = ConventionTable()

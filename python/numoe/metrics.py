@@ -52,9 +52,7 @@ def _mask(mask: Mask, num_tokens: int) -> Bools:
     return array
 
 
-def _indices(
-    indices: npt.ArrayLike, num_experts: int | None, mask: Mask = None, name: str = "indices"
-) -> Ints:
+def _indices(indices: npt.ArrayLike, num_experts: int | None, mask: Mask = None, name: str = "indices") -> Ints:
     """The rows of `indices` (T, K) that are real tokens, as int64; every entry is -1 or an expert."""
     array = np.asarray(indices)
     if array.dtype.kind not in "iu":
@@ -68,9 +66,7 @@ def _indices(
     if wrong.any():
         t, k = (int(i) for i in np.argwhere(wrong)[0])
         experts = "an expert number >= 0" if num_experts is None else f"0..{high}"
-        raise ValueError(
-            f"{name}[{t}, {k}] = {array[t, k]} is no expert: expected -1 (not routed) or {experts}."
-        )
+        raise ValueError(f"{name}[{t}, {k}] = {array[t, k]} is no expert: expected -1 (not routed) or {experts}.")
     return array[_mask(mask, array.shape[0])].astype(np.int64)
 
 
@@ -80,18 +76,14 @@ def _check_distinct(indices: Ints, name: str) -> None:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         t, k = (int(i) for i in np.argwhere(twice)[0])
-        raise ValueError(
-            f"{name} names expert {ordered[t, k]} twice for one token; choices must be distinct."
-        )
+        raise ValueError(f"{name} names expert {ordered[t, k]} twice for one token; choices must be distinct.")
 
 
 def _kept(kept: npt.ArrayLike, indices: npt.ArrayLike) -> Bools:
     """`kept` (T, K) bool, checked against `indices` before any mask is applied."""
     array, chosen = np.asarray(kept), np.asarray(indices)
     if array.dtype != np.bool_:
-        raise TypeError(
-            f"kept must be a bool array, True for an assignment that was served; got {array.dtype}."
-        )
+        raise TypeError(f"kept must be a bool array, True for an assignment that was served; got {array.dtype}.")
     if array.shape != chosen.shape:
         raise ValueError(f"kept must have the shape of indices, {chosen.shape}; got {array.shape}.")
     ghost = array & (chosen < 0)
@@ -109,9 +101,7 @@ def _load(load: npt.ArrayLike, num_experts: int | None) -> Floats:
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"load must have shape (E,) with E >= 1; got {array.shape}.")
     if num_experts is not None and array.size != _integer("num_experts", num_experts, 1):
-        raise ValueError(
-            f"load must have one entry per expert, num_experts = {num_experts}; got {array.size}."
-        )
+        raise ValueError(f"load must have one entry per expert, num_experts = {num_experts}; got {array.size}.")
     result = array.astype(np.float64)
     if not (np.isfinite(result) & (result >= 0)).all():
         e = int(np.flatnonzero(~(np.isfinite(result) & (result >= 0)))[0])
@@ -363,9 +353,7 @@ def drop_fraction(indices: npt.ArrayLike, kept: npt.ArrayLike, *, mask: Mask = N
     return (routed - int(np.count_nonzero(served))) / routed if routed else math.nan
 
 
-def choices_per_token(
-    indices: npt.ArrayLike, *, kept: npt.ArrayLike | None = None, mask: Mask = None
-) -> Floats:
+def choices_per_token(indices: npt.ArrayLike, *, kept: npt.ArrayLike | None = None, mask: Mask = None) -> Floats:
     r"""Share of the tokens that are served by exactly 0, 1, …, K experts.
 
     ``h_j = #{t: j choices of t are kept} / T``; range 0…1, sums to 1; h_K = 1 if nothing is dropped.  Those
@@ -446,9 +434,7 @@ def routing_drift(before: npt.ArrayLike, after: npt.ArrayLike, *, mask: Mask = N
     """
     old, new = _indices(before, None, mask, "before"), _indices(after, None, mask, "after")
     if old.shape[0] != new.shape[0]:
-        raise ValueError(
-            f"before and after must route the same tokens; got T = {old.shape[0]} and {new.shape[0]}."
-        )
+        raise ValueError(f"before and after must route the same tokens; got T = {old.shape[0]} and {new.shape[0]}.")
     _check_distinct(old, "before")
     _check_distinct(new, "after")
     common = ((old[:, :, None] == new[:, None, :]) & (old[:, :, None] >= 0)).sum()

@@ -129,9 +129,7 @@ def flatten(tree: Mapping[str, Any], name: str = "params") -> dict[str, Array]:
             if not isinstance(array, np.ndarray):
                 raise TypeError(f"{name}[{full!r}] must be a NumPy array; got {type(array).__name__}.")
             if full in flat:
-                raise ValueError(
-                    f"{name} has two arrays that are both called {full!r} once dots join the names."
-                )
+                raise ValueError(f"{name} has two arrays that are both called {full!r} once dots join the names.")
             flat[full] = array
     return flat
 
@@ -142,9 +140,7 @@ def _check_writable(arrays: Mapping[str, Array], name: str) -> None:
         if array.dtype not in (np.float32, np.float64):
             raise TypeError(f"{name}[{key!r}] must be float32 or float64; got dtype {array.dtype}.")
         if not array.flags.writeable:
-            raise ValueError(
-                f"{name}[{key!r}] is read-only and cannot be changed in place; pass a writable array."
-            )
+            raise ValueError(f"{name}[{key!r}] is read-only and cannot be changed in place; pass a writable array.")
     spans = sorted((*np.lib.array_utils.byte_bounds(a), key) for key, a in arrays.items() if a.size)
     end, first = 0, ""
     for start, stop, second in spans:
@@ -166,13 +162,9 @@ def _check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) ->
     for name, param in params.items():
         grad = grads[name]
         if grad.shape != param.shape:
-            raise ValueError(
-                f"grads[{name!r}] must have the parameter's shape {param.shape}; got {grad.shape}."
-            )
+            raise ValueError(f"grads[{name!r}] must have the parameter's shape {param.shape}; got {grad.shape}.")
         if grad.dtype != param.dtype:
-            raise TypeError(
-                f"grads[{name!r}] must have the parameter's dtype {param.dtype}; got {grad.dtype}."
-            )
+            raise TypeError(f"grads[{name!r}] must have the parameter's dtype {param.dtype}; got {grad.dtype}.")
         if np.may_share_memory(grad, param):
             raise ValueError(f"grads[{name!r}] shares memory with its parameter; pass a separate array.")
 
@@ -398,16 +390,12 @@ class _Optimizer:
                 array[...] = given[f"{slot}.{name}"]
 
 
-def _multipliers(
-    names: list[str], patterns: Mapping[str, float], argument: str = "lr_multipliers"
-) -> dict[str, float]:
+def _multipliers(names: list[str], patterns: Mapping[str, float], argument: str = "lr_multipliers") -> dict[str, float]:
     """Factor of each name: of the first pattern that matches, else 1.  Each pattern must match something."""
     factors = {pattern: _real(f"{argument}[{pattern!r}]", factor) for pattern, factor in patterns.items()}
     for pattern in factors:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"{argument}: {pattern!r} matches no parameter; there are {', '.join(map(repr, names))}."
-            )
+            raise ValueError(f"{argument}: {pattern!r} matches no parameter; there are {', '.join(map(repr, names))}.")
     return {n: next((f for p, f in factors.items() if fnmatchcase(n, p)), 1.0) for n in names}
 
 

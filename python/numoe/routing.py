@@ -74,12 +74,12 @@ class Dispatch:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self.assignment_row.shape[0]
+        return int(self.assignment_row.shape[0])
 
     @property
     def top_k(self) -> int:
         """K."""
-        return self.assignment_row.shape[1]
+        return int(self.assignment_row.shape[1])
 
     @property
     def num_rows(self) -> int:
@@ -387,7 +387,8 @@ def combine_weights(routing: Routing, plan: Dispatch, router: RouterConfig, conf
     --------
     >>> import numpy as np, numoe
     >>> routing = numoe.Routing(indices=np.array([[0, 1], [0, 1]], np.int32), weights=np.full((2, 2), 0.5))
-    >>> router, drop = numoe.RouterConfig(num_experts=2, top_k=2), numoe.DispatchConfig(capacity=1, renormalize_after_drop=True)
+    >>> router = numoe.RouterConfig(num_experts=2, top_k=2)
+    >>> drop = numoe.DispatchConfig(capacity=1, renormalize_after_drop=True)
     >>> numoe.combine_weights(routing, numoe.dispatch(routing, router, drop), router, drop)
     array([[0.5, 0.5],
            [0. , 0. ]])
@@ -406,7 +407,8 @@ def combine_weights_backward(
     --------
     >>> import numpy as np, numoe
     >>> routing = numoe.Routing(indices=np.array([[0, 1]], np.int32), weights=np.array([[0.75, 0.25]]))
-    >>> router, drop = numoe.RouterConfig(num_experts=2, top_k=2), numoe.DispatchConfig(capacity=1, renormalize_after_drop=True)
+    >>> router = numoe.RouterConfig(num_experts=2, top_k=2)
+    >>> drop = numoe.DispatchConfig(capacity=1, renormalize_after_drop=True)
     >>> plan = numoe.dispatch(routing, router, drop)
     >>> numoe.combine_weights_backward(np.array([[1.0, 0.0]]), routing, plan, router, drop)
     array([[ 0.25, -0.75]])
@@ -449,9 +451,7 @@ def combine(rows: Any, plan: Dispatch, weights: Any = None) -> FloatArray:
     rows = as_float(rows, "rows", ndim=2)
     if weights is not None:
         weights = as_float(weights, "weights", rows.dtype, ndim=2)
-    return _core.combine(
-        rows, plan.offsets, plan.row_token, plan.row_assignment, plan.num_tokens, plan.top_k, weights
-    )
+    return _core.combine(rows, plan.offsets, plan.row_token, plan.row_assignment, plan.num_tokens, plan.top_k, weights)
 
 
 def combine_backward(dy: Any, rows: Any, plan: Dispatch, weights: Any = None) -> tuple[FloatArray, FloatArray]:
@@ -483,6 +483,4 @@ def combine_backward(dy: Any, rows: Any, plan: Dispatch, weights: Any = None) ->
     dy = as_float(dy, "dy", rows.dtype, ndim=2)
     if weights is not None:
         weights = as_float(weights, "weights", rows.dtype, ndim=2)
-    return _core.combine_backward(
-        dy, rows, plan.offsets, plan.row_token, plan.row_assignment, plan.top_k, weights
-    )
+    return _core.combine_backward(dy, rows, plan.offsets, plan.row_token, plan.row_assignment, plan.top_k, weights)

@@ -116,9 +116,7 @@ def assert_bitwise_equal(a: npt.ArrayLike, b: npt.ArrayLike, *, name: str = "") 
     a, b = np.asarray(a), np.asarray(b)
     label = f"{name}: " if name else ""
     if a.shape != b.shape or a.dtype != b.dtype:
-        raise AssertionError(
-            f"{label}{a.dtype} array {a.shape} and {b.dtype} array {b.shape} differ in kind."
-        )
+        raise AssertionError(f"{label}{a.dtype} array {a.shape} and {b.dtype} array {b.shape} differ in kind.")
     bytes_a, bytes_b = (
         np.frombuffer(np.ascontiguousarray(v).tobytes(), np.uint8).reshape(a.size, a.itemsize) for v in (a, b)
     )
@@ -185,9 +183,7 @@ def random_problem(rng: Any = 0, *, tokens: int | tuple[int, ...] = 12, **option
     generator = np.random.default_rng(rng)
     params = {
         # Matrices keep the size of what they multiply; biases are large enough to matter.
-        name: _normal(
-            generator, shape, config, shape[-2] ** -0.5 if name.startswith("w_") and len(shape) > 1 else 0.3
-        )
+        name: _normal(generator, shape, config, shape[-2] ** -0.5 if name.startswith("w_") and len(shape) > 1 else 0.3)
         for name, shape in config.param_shapes().items()
     }
     buffers = {name: _normal(generator, shape, config, 0.1) for name, shape in config.buffer_shapes().items()}
@@ -253,9 +249,7 @@ class GradientReport:
             verdict += f"; no differentiable place found: {', '.join(self._unchecked())}"
         found = f"worst relative error {worst.error:.1e} ({worst.name})"
         head = f"{verdict}; {found}, tolerance {self.tolerance:.0e}"
-        rows = [
-            ("name", "shape", "checked", "rerouted", "kinks", "error", "worst at", "backward", "differences")
-        ]
+        rows = [("name", "shape", "checked", "rerouted", "kinks", "error", "worst at", "backward", "differences")]
         for c in self.checks:
             numbers = (f"{c.error:.1e}", c.where, f"{c.backward:.9g}", f"{c.differences:.9g}")
             rows.append((c.name, str(c.shape), str(c.checked), str(c.rerouted), str(c.kinks), *numbers))
@@ -336,9 +330,7 @@ def check_gradients(
             checks.append(GradientCheck(name, gradient.shape, 1, 0, 0, error, "frozen", largest, 0.0))
         else:
             candidates = _candidates(gradient, generator, num_coordinates, num_directions)
-            checks.append(
-                _check_array(probe, name, candidates, num_coordinates + num_directions, step, tolerance)
-            )
+            checks.append(_check_array(probe, name, candidates, num_coordinates + num_directions, step, tolerance))
     return GradientReport(tuple(checks), tolerance)
 
 
@@ -392,9 +384,7 @@ class _Probe:
             array += signed * v
             out = self._forward()
             array[...] = original
-            change.append(
-                np.vdot(self.dy, out.y - self.base.y) + self.d_aux_loss * (out.aux_loss - self.base.aux_loss)
-            )
+            change.append(np.vdot(self.dy, out.y - self.base.y) + self.d_aux_loss * (out.aux_loss - self.base.aux_loss))
             rerouted |= not np.array_equal(out.routing.indices, self.base.routing.indices)
             rerouted |= not np.array_equal(out.dispatch.kept, self.base.dispatch.kept)
         return _Differences(float(change[0] - change[1]) / (2 * h), float(change[0] + change[1]), rerouted)

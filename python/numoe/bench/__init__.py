@@ -55,14 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small layers, half a minute at most")
-    size.add_argument(
-        "--full", action="store_true", help="all layers in their published sizes, 1 to 4096 tokens"
-    )
+    size.add_argument("--full", action="store_true", help="all layers in their published sizes, 1 to 4096 tokens")
     add("--seconds", type=checked(_seconds), help="of undisturbed calls per measurement (default 0.3)")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
-    add(
-        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two such files and measure nothing"
-    )
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two such files and measure nothing")
 
 
 def _positive(text: str) -> int:
@@ -130,11 +126,5 @@ def load_run(path: Path) -> Row:
 
 
 def _check_writable(path: Path) -> None:
-    if (
-        path.is_dir()
-        or not path.parent.is_dir()
-        or not os.access(path if path.exists() else path.parent, os.W_OK)
-    ):
-        raise ValueError(
-            f"--json {path} cannot be written; give a file in a directory that exists and is writable."
-        )
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--json {path} cannot be written; give a file in a directory that exists and is writable.")

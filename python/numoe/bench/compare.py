@@ -34,9 +34,7 @@ def compare(before: Row, after: Row) -> list[Row]:
         a, b = old[key], new[key]
         time, share = b["median"] / a["median"], a["share"] / b["share"]
         limit = 1 + max(_SMALLEST_CHANGE, a["spread"], b["spread"])
-        verdict = (
-            "slower" if min(time, share) > limit else "faster" if max(time, share) < 1 / limit else "same"
-        )
+        verdict = "slower" if min(time, share) > limit else "faster" if max(time, share) < 1 / limit else "same"
         rows.append(
             {
                 **dict(zip((*_KEY, "contender"), key, strict=True)),

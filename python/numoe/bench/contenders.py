@@ -65,9 +65,7 @@ class Numoe:
                 for part in ("gate", "up", "down")
                 if f"w_shared_{part}" in layer.params
             }
-            self._shared_config = ExpertConfig(
-                d_ff=shared.d_ff, form=shared.form, activation=shared.activation
-            )
+            self._shared_config = ExpertConfig(d_ff=shared.d_ff, form=shared.form, activation=shared.activation)
 
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """Sorts, runs the experts, combines."""
@@ -79,9 +77,7 @@ class Numoe:
         if config.shared is not None:
             everyone = Routing(indices=np.zeros((len(x), 1), np.int32), weights=np.ones((len(x), 1), x.dtype))
             plan = dispatch(everyone, _ONE_EXPERT)
-            y += experts_forward(x, plan, self._shared, self._shared_config, combined=True, keep_cache=False)[
-                0
-            ]
+            y += experts_forward(x, plan, self._shared, self._shared_config, combined=True, keep_cache=False)[0]
         return y
 
     def forward_backward(self, x: Array, indices: Array, weights: Array, dy: Array) -> Step:
@@ -97,7 +93,8 @@ class Numoe:
 
 def _activate(kind: str, v: Array) -> Array:
     if kind == "silu":
-        return v / (1 + np.exp(-v))
+        value: Array = v / (1 + np.exp(-v))
+        return value
     return np.maximum(v, 0) if kind == "relu" else reference.activate(kind, v)
 
 
@@ -123,9 +120,7 @@ class NumpyLoop:
     def __init__(self, layer: MoELayer) -> None:
         self._params, self._config = layer.params, layer.config
         self._experts = {name: layer.params[name] for name in EXPERT_PARAMS if name in layer.params}
-        self._shared = {
-            n.replace("_shared", ""): p for n, p in layer.params.items() if n.startswith("w_shared")
-        }
+        self._shared = {n.replace("_shared", ""): p for n, p in layer.params.items() if n.startswith("w_shared")}
 
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """One expert after the other."""
@@ -176,9 +171,7 @@ class NumpyLoop:
         hidden *= up
         return gate, up, hidden
 
-    def _expert_step(
-        self, w: dict[str, Array], dw: dict[str, Array], x: Array, dout: Array
-    ) -> tuple[Array, Array]:
+    def _expert_step(self, w: dict[str, Array], dw: dict[str, Array], x: Array, dout: Array) -> tuple[Array, Array]:
         """One expert's rows and their dx; its gradients go into `dw`."""
         kind = self._config.experts.activation
         gate, up, hidden = self._hidden(w, x)

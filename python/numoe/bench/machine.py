@@ -45,10 +45,9 @@ class Machine:
         self.dtype, self.threads, self.clean = dtype, threads, True
         self.facts = collect_facts(threads)
         self._buffer = _core.ReadProbe(DRAM_SIZE)
-        names = [probe["name"] for probe in _core.peak_probes() if probe["supported"]]
+        names: list[str] = [probe["name"] for probe in _core.peak_probes() if probe["supported"]]
         self.peaks = {
-            name: {"1": self._peak(name, 1, seconds), "n": self._peak(name, threads, seconds)}
-            for name in names
+            name: {"1": self._peak(name, 1, seconds), "n": self._peak(name, threads, seconds)} for name in names
         }
         sizes = {"L2": CACHE_SIZES["L2"] * threads, "L3": CACHE_SIZES["L3"], "DRAM": DRAM_SIZE}
         self.read = {
@@ -62,7 +61,7 @@ class Machine:
     @property
     def best_vectors(self) -> str:
         """The kind of vector that computes most: usually, not always, the widest."""
-        return max(self.peaks, key=lambda name: self.peaks[name]["n"])
+        return max((rates["n"], name) for name, rates in self.peaks.items())[1]
 
     @property
     def peak(self) -> float:
@@ -120,7 +119,7 @@ def collect_facts(threads: int) -> dict[str, Any]:
     """What a reader needs to know of machine and versions to make sense of a number."""
     facts = info.collect()
     facts.pop("targets")
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index,call-overload]
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         **facts,
         "threads": threads,
@@ -169,9 +168,7 @@ def _bracketed(text: str) -> str:
 def _cpu_flags() -> str:
     """Those of the CPU's features that matter to a matrix product."""
     wanted = ("avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16", "i8mm")
-    lines = [
-        line for line in _read_text("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features"))
-    ]
+    lines = [line for line in _read_text("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features"))]
     flags = lines[0].split(":", 1)[1].split() if lines else []
     return " ".join(flag for flag in flags if any(name in flag for name in wanted))
 

@@ -31,9 +31,7 @@ def short(value: float, digits: int = 4) -> str:
 
 def _rates(rates: Mapping[str, Mapping[str, float]]) -> str:
     """Name and 10⁹ per second, on one thread / on all."""
-    return ", ".join(
-        f"{name} {short(r['1'] / 1e9, 3)} / {short(r['n'] / 1e9, 3)}" for name, r in rates.items()
-    )
+    return ", ".join(f"{name} {short(r['1'] / 1e9, 3)} / {short(r['n'] / 1e9, 3)}" for name, r in rates.items())
 
 
 def machine_lines(machine: Row) -> Iterator[str]:

@@ -148,9 +148,7 @@ def training_batch(corpus: Corpus, seed: int, step: int, num_tokens: int, width:
 
 def held_out_batch(corpus: Corpus, per_kind: int, width: int) -> Batch:
     """Take at most `per_kind` evenly spaced positions of each kind's held-out text."""
-    positions = [
-        np.linspace(0, len(text) - 1, min(per_kind, len(text))).astype(np.int64) for text in corpus.held_out
-    ]
+    positions = [np.linspace(0, len(text) - 1, min(per_kind, len(text))).astype(np.int64) for text in corpus.held_out]
     return _windows(corpus.held_out, positions, width)
 
 

@@ -51,13 +51,13 @@ def embed_backward(dx: Floats, contexts: Bytes) -> Floats:
 
 
 def rms_norm(x: Floats, gain: Floats) -> tuple[Floats, Floats]:
-    """y = gain · x / r with r = sqrt(mean_d x² + eps), (T, D); also returns 1/r, (T, 1)."""
+    """Y = gain · x / r with r = sqrt(mean_d x² + eps), (T, D); also returns 1/r, (T, 1)."""
     scale = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPS)
     return x * scale * gain, scale
 
 
 def rms_norm_backward(dy: Floats, x: Floats, gain: Floats, scale: Floats) -> tuple[Floats, Floats]:
-    """dx = (u - x̂ · mean_d(u x̂)) / r with x̂ = x / r, u = dy · gain;  dgain = Σ_t dy x̂."""
+    """Dx = (u - x̂ · mean_d(u x̂)) / r with x̂ = x / r, u = dy · gain;  dgain = Σ_t dy x̂."""
     unit = x * scale
     u = dy * gain
     dx = (u - unit * np.mean(u * unit, axis=1, keepdims=True)) * scale
@@ -136,9 +136,7 @@ class ByteModel:
         p, last = self.params, len(self.layers)
         grads: dict[str, Any] = {"w_logits": done.normed.T @ dlogits}
         dnormed = dlogits @ p["w_logits"].T
-        dx, grads[f"norm_{last}"] = rms_norm_backward(
-            dnormed, done.hidden[last], p[f"norm_{last}"], done.scales[last]
-        )
+        dx, grads[f"norm_{last}"] = rms_norm_backward(dnormed, done.hidden[last], p[f"norm_{last}"], done.scales[last])
         for i in reversed(range(last)):
             moe = self.layers[i].backward(dx, done.moe[i])
             grads[f"moe_{i}"] = moe.params

@@ -152,8 +152,7 @@ def forward(
         routing = _outside_routing(indices, np.asarray(weights, x.dtype), row_mask)
     else:
         z = noisy_logits(tokens, p, config.router, rng, logits)
-        bias = np.asarray(buffers["choice_bias"], x.dtype) if buffers and config.router.choice_bias else None
-        routing = route(z.noisy, config.router, choice_bias=bias, mask=row_mask)
+        routing = route(z.noisy, config.router, choice_bias=_choice_bias(config, buffers), mask=row_mask)
     plan = dispatch(routing, config.router, config.dispatch, sequence_lengths=lengths)
     used = combine_weights(routing, plan, config.router, config.dispatch)
     rows, experts = experts_forward(tokens, plan, p, config.experts, weights=used)
@@ -287,16 +286,12 @@ def shared_backward(
     return dx, dparams
 
 
-def aux_losses(
-    config: MoEConfig, routing: Routing, z: RouterLogits | None, lengths: Array
-) -> dict[str, Loss]:
+def aux_losses(config: MoEConfig, routing: Routing, z: RouterLogits | None, lengths: Array) -> dict[str, Loss]:
     """Every configured loss of this routing, by name."""
 
     def of(name: str) -> Loss:
         if name == "importance":
-            return importance_loss(
-                routing.weights, routing.indices, config.router.num_experts, mask=routing.mask
-            )
+            return importance_loss(routing.weights, routing.indices, config.router.num_experts, mask=routing.mask)
         if z is None:
             raise ValueError(f"aux_losses {name!r} needs logits; this routing came as indices and weights.")
         if name == "load":
@@ -331,6 +326,14 @@ def aux_losses_backward(config: MoEConfig, losses: Mapping[str, Loss]) -> tuple[
 
 def _arrays(config: MoEConfig, params: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
     return {name: np.asarray(params[name], config.dtype) for name in config.param_shapes()}
+
+
+def _choice_bias(config: MoEConfig, buffers: Mapping[str, npt.ArrayLike] | None) -> Array | None:
+    if not config.router.choice_bias:
+        return None
+    if buffers is None:
+        raise ValueError("choice_bias=True needs buffers={'choice_bias': array (E,)}; got buffers=None.")
+    return np.asarray(buffers["choice_bias"], config.dtype)
 
 
 def _shared_params(p: Mapping[str, Array]) -> dict[str, Array]:
@@ -368,7 +371,5 @@ def _flatten(
     else:
         lengths = np.asarray(sequence_lengths)
     if lengths.sum() != len(tokens):
-        raise ValueError(
-            f"sequence_lengths must sum to the number of tokens, {len(tokens)}; got {lengths.sum()}."
-        )
+        raise ValueError(f"sequence_lengths must sum to the number of tokens, {len(tokens)}; got {lengths.sum()}.")
     return np.where(real, tokens, 0), real, lengths  # padding may hold anything

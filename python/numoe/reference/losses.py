@@ -78,16 +78,12 @@ def load_balance_loss(
     if convention == "deepseek-sequence" and sequence_lengths is not None:
         lengths = list(np.asarray(sequence_lengths))
     sequence = np.repeat(np.arange(len(lengths)), lengths)  # (T,) b of each token
-    n = np.bincount(sequence[real], minlength=len(lengths))[:, None].astype(
-        logits.dtype
-    )  # (B, 1) real tokens
+    n = np.bincount(sequence[real], minlength=len(lengths))[:, None].astype(logits.dtype)  # (B, 1) real tokens
     choices = indices[:, :1] if convention in ("switch", "gshard") else indices
     token, choice = np.nonzero((choices >= 0) & real[:, None])
     counts = np.zeros((len(lengths), E), logits.dtype)
     np.add.at(counts, (sequence[token], choices[token, choice]), 1)
-    factor = {"switch": E, "gshard": 1 / E, "megatron": E / K, "hf": E, "deepseek-sequence": E / K}[
-        convention
-    ]
+    factor = {"switch": E, "gshard": 1 / E, "megatron": E / K, "hf": E, "deepseek-sequence": E / K}[convention]
     factor /= max(int(np.count_nonzero(n)), 1)  # the mean over the sequences; 1 unless "deepseek-sequence"
     # Every convention is Σ dp * p with a constant dp (T, E): one 1/n makes fractions, the other the mean P.
     dp = np.where(real[:, None], (factor * counts / np.maximum(n, 1) ** 2)[sequence], 0)
@@ -209,9 +205,7 @@ def z_loss(logits: Array, *, mask: Array | None = None) -> Loss:
     top = z.max(axis=-1, keepdims=True)
     lse = top + np.log(np.exp(np.where(z == top, 0, z - top)).sum(axis=-1, keepdims=True))
     # value = (lse**2).sum() / n
-    return Loss(
-        float(np.where(real, lse**2, 0).sum() / n), logits=np.where(real, 2 * lse * softmax(z) / n, 0)
-    )
+    return Loss(float(np.where(real, lse**2, 0).sum() / n), logits=np.where(real, 2 * lse * softmax(z) / n, 0))
 
 
 def update_choice_bias(choice_bias: Array, counts: npt.ArrayLike, rate: float = 1e-3) -> Array:

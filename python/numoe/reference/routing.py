@@ -17,9 +17,7 @@ class Routing:
 
     indices: Array  # (T, K) int32, chosen experts, best first; -1: not routed
     weights: Array  # (T, K), 0 where not routed; before any renormalisation after dropping
-    logits: Array | None = (
-        None  # (T, E) as routed on, noise included, 0 for masked tokens; None: decided outside
-    )
+    logits: Array | None = None  # (T, E) as routed on, noise included, 0 for masked tokens; None: decided outside
     mask: Array | None = None  # (T,) bool, True: a real token
 
 
@@ -91,10 +89,10 @@ def log_score_slope(kind: str, logits: Array) -> Array:
 def kept_groups(s: Array, config: RouterConfig) -> Array:
     """(T, E) bool: the experts in the `groups_kept` best groups of their token (DeepSeek-V2 and V3)."""
     groups = s.reshape(len(s), config.num_groups, config.num_experts // config.num_groups)
-    best = -np.sort(-groups, axis=-1)  # descending, NaN last
-    value = best[..., 0]
+    best = np.sort(groups, axis=-1)  # ascending, NaN last: a group with a NaN has the score NaN
+    value = best[..., -1]
     if config.group_score == "top2_sum" and config.num_groups > 1:
-        value = best[..., 0] + best[..., 1]
+        value = best[..., -1] + best[..., -2]
     order = np.argsort(-value, axis=-1, kind="stable")  # ties: the lower group; NaN last
     kept = np.zeros(value.shape, bool)
     np.put_along_axis(kept, order[:, : config.groups_kept], True, axis=-1)
@@ -344,9 +342,7 @@ def combine(rows: Array, plan: Dispatch, weights: Array | None = None) -> Array:
     return sum_per_token(rows * row_weights(plan, weights), plan)
 
 
-def combine_backward(
-    dy: Array, rows: Array, plan: Dispatch, weights: Array | None = None
-) -> tuple[Array, Array]:
+def combine_backward(dy: Array, rows: Array, plan: Dispatch, weights: Array | None = None) -> tuple[Array, Array]:
     """The gradients of the rows (M, D) and of the weights (T, K)."""
     # y[row_token] += rows * row_weights
     dsum = dy[plan.row_token]
