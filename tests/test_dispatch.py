@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numoe
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import numoe
 from numoe.config import PRIORITIES
 from numoe.testing import assert_bitwise_equal
 
-laws = settings(derandomize=True, max_examples=50, deadline=None)
-few = settings(derandomize=True, max_examples=20, deadline=None)
+laws = settings(derandomize=True, max_examples=40, deadline=None)
+few = settings(derandomize=True, max_examples=15, deadline=None)
 
 
 # ── problems

@@ -136,7 +136,7 @@ EDGES: list[tuple[str, dict[int, Any]]] = [
 ]
 
 
-def calls(name: str, count: int = 500) -> Iterator[list[Any]]:
+def calls(name: str, count: int = 250) -> Iterator[list[Any]]:
     """The edges, and random changes of about a third of the arguments."""
     valid, rng = valid_calls()[name], np.random.default_rng(0)
     for where, changes in EDGES:

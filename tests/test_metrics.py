@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numoe
 import numpy as np
 import pytest
 from hypothesis import given
@@ -218,3 +219,15 @@ def test_summary_is_a_flat_dict_of_floats_with_fixed_keys():
 def test_wrong_input_gets_a_sentence(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_summary_of_a_real_layer():
+    layer = numoe.MoELayer(d_model=4, d_ff=8, num_experts=4, top_k=2, capacity_factor=1.0, rng=0)
+    x = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
+    mask = np.arange(15).reshape(3, 5) % 5 < 4  # 12 real tokens, 24 choices, C = 1.0 * 2 * 12 / 4 = 6
+    got = metrics.summary(layer.forward(x, mask=mask))
+    assert (got["tokens"], got["assignments"], got["capacity"]) == (12, 24, 6)
+    assert sum(got[f"served_{j}"] for j in range(3)) == pytest.approx(1)
+    # choices kept = what was served: the two ways to count agree
+    assert 2 * 12 * (1 - got["drop_fraction"]) == pytest.approx(12 * (got["served_1"] + 2 * got["served_2"]))
+    assert 0 < got["token_entropy"] <= got["batch_entropy"] <= math.log(4)

@@ -66,8 +66,7 @@ int quota_cpus(double quota, double period) {
 
 int quota_of_directory(const std::string& directory) {
   double quota = -1, period = -1;
-  std::ifstream(directory + "/cpu.max") >> quota >>
-      period;  // version 2; "max 100000" leaves quota 0: no quota
+  std::ifstream(directory + "/cpu.max") >> quota >> period;  // version 2; "max 100000" leaves quota 0: no quota
   if (quota > 0) return quota_cpus(quota, period);
   std::ifstream(directory + "/cpu.cfs_quota_us") >> quota;  // version 1
   std::ifstream(directory + "/cpu.cfs_period_us") >> period;
@@ -173,16 +172,13 @@ class Bed {
 // ---- What a thread knows about itself
 // -------------------------------------------------------------------------------
 
-enum class Role { outside, caller, helper };  // caller: it has opened the pool; helper: the pool owns it
-
-thread_local Role role = Role::outside;
-thread_local Clock::time_point
-    last_check{};  // outlives a call, so that many short calls in a row are checked too
+thread_local bool is_helper = false;          // started by the pool
+thread_local Clock::time_point last_check{};  // outlives a call, so that many short calls in a row are checked too
 std::atomic<void (*)()> interrupt_check{nullptr};
 
 void poll_interrupt() {
   const auto check = interrupt_check.load(std::memory_order_relaxed);
-  if (check == nullptr || role == Role::helper) return;
+  if (check == nullptr || is_helper) return;
   const auto now = Clock::now();
   if (now - last_check < kCheckInterval) return;
   last_check = now;
@@ -212,8 +208,7 @@ class FloatMode {
 void leave_signals_to_others() {
   sigset_t set;
   sigemptyset(&set);
-  for (const int signal :
-       {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGCHLD, SIGUSR1, SIGUSR2, SIGWINCH, SIGTSTP}) {
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGCHLD, SIGUSR1, SIGUSR2, SIGWINCH, SIGTSTP}) {
     sigaddset(&set, signal);
   }
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
@@ -228,6 +223,22 @@ struct Job {
   void* context = nullptr;
 };
 
+// Takes a flag if it is free. A mutex would not do: a nested call may ask for what its own thread holds.
+class Claim {
+ public:
+  explicit Claim(std::atomic<bool>& flag) : flag_(flag), mine_(!flag.exchange(true)) {}
+  Claim(const Claim&) = delete;
+  Claim& operator=(const Claim&) = delete;
+  ~Claim() {
+    if (mine_) flag_ = false;
+  }
+  explicit operator bool() const { return mine_; }
+
+ private:
+  std::atomic<bool>& flag_;
+  const bool mine_;
+};
+
 // One job at a time. `door_` is its whole state: the high half counts the seats that helpers may still take,
 // the low half the helpers inside. Seats > 0: come in. Zero: no job, nobody inside, and the caller may write
 // the next job.
@@ -240,26 +251,6 @@ class Pool {
   static constexpr std::uint32_t kSeat = 1U << 16, kInside = kSeat - 1;
   static_assert(kMaxThreads < kSeat);
 
-  // A job from its announcement until nobody is inside any more, whether it ends well or by an exception.
-  class Session {
-   public:
-    Session(Pool& pool, const Job& job, int helpers) : pool_(pool) {
-      pool_.open(job, helpers);
-      role = Role::caller;
-    }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-    ~Session() {
-      pool_.skip_the_rest();
-      while (!pool_.wait_for_helpers()) {
-      }
-      role = Role::outside;
-    }
-
-   private:
-    Pool& pool_;
-  };
-
   void open(const Job& job, int helpers);
   void take_tasks(int worker);
   void skip_the_rest() { next_ = static_cast<std::size_t>(job_.num_tasks); }
@@ -269,9 +260,9 @@ class Pool {
   void live_as_helper();
   void help(int worker);
 
-  std::mutex busy_;               // held by the caller during its job
-  int helpers_ = 0;               // threads started (they never end); guarded by busy_, as the next one
-  Clock::time_point retry_at_{};  // after the system refused a thread
+  std::atomic<bool> busy_{false};  // claimed by the caller during its job
+  int helpers_ = 0;                // threads started (they never end); guarded by busy_, as the next one
+  Clock::time_point retry_at_{};   // after the system refused a thread
   std::atomic<bool> may_spin_{false};
   Bed idle_, finished_;  // beds of the helpers and of the caller
 
@@ -284,17 +275,19 @@ class Pool {
 };
 
 bool Pool::try_run(const Job& job, int max_workers) {
-  const std::unique_lock lock(busy_, std::try_to_lock);
-  if (!lock) return false;
+  const Claim claim(busy_);
+  if (!claim) return false;
   const int helpers = start_helpers(max_workers - 1);
   if (helpers == 0) return false;
-  {
-    // No catch on this side: what the caller's own tasks or its interrupt check throw passes through the
-    // Session. So does the forced unwinding of pthread_exit, by which Python ends daemon threads, and which
-    // must not be caught.
-    const Session session(*this, job, helpers);
+  try {
+    open(job, helpers);
     take_tasks(0);
     while (!wait_for_helpers()) poll_interrupt();
+  } catch (...) {  // must rethrow: pthread_exit, by which Python ends daemon threads, passes here too
+    skip_the_rest();
+    while (!wait_for_helpers()) {
+    }
+    throw;
   }
   if (has_error_) std::rethrow_exception(std::exchange(error_, nullptr));
   return true;
@@ -340,7 +333,7 @@ int Pool::start_helpers(int wanted) {
 }
 
 void Pool::live_as_helper() {
-  role = Role::helper;
+  is_helper = true;
   leave_signals_to_others();
   const auto is_open = [this] { return door_ >= kSeat; };
   for (;;) {
@@ -348,8 +341,7 @@ void Pool::live_as_helper() {
     std::uint32_t door = door_;
     while (door >= kSeat && !door_.compare_exchange_weak(door, door - kSeat + 1)) {
     }
-    if (door >= kSeat)
-      help(static_cast<int>(door / kSeat));  // the number of free seats is the worker's number
+    if (door >= kSeat) help(static_cast<int>(door / kSeat));  // the number of free seats is the worker's number
   }
 }
 
@@ -401,7 +393,7 @@ void set_interrupt_check(void (*check)()) { interrupt_check = check; }
 
 void detail::run_tasks(Index num_tasks, int max_workers, RunTask run, void* context) {
   const int workers = static_cast<int>(std::min<Index>(num_tasks, std::min(max_workers, kMaxThreads)));
-  if (workers > 1 && role == Role::outside && pool().try_run({num_tasks, run, context}, workers)) return;
+  if (workers > 1 && !is_helper && pool().try_run({num_tasks, run, context}, workers)) return;
   for (Index task = 0; task < num_tasks; ++task) {
     poll_interrupt();
     run(context, task, 0);

@@ -46,8 +46,7 @@ int num_threads();
 // n >= 1, else std::invalid_argument; more than kMaxThreads means kMaxThreads. More threads than CPUs are
 // obeyed: they are slower (nobody spins then), never wrong. Calls that are already running keep their number.
 void set_num_threads(int n);
-void set_default_num_threads(
-    int n);  // same rules; what the environment asks for, overruled by set_num_threads
+void set_default_num_threads(int n);  // same rules; what the environment asks for, overruled by set_num_threads
 
 // `check` is called about every 20 ms between tasks, on calling threads only; if it throws (Python:
 // KeyboardInterrupt), the remaining tasks are skipped and the caller gets that exception. nullptr: no check.
@@ -75,8 +74,7 @@ void parallel_for(Index num_tasks, Task&& task, int max_workers = num_threads())
       body(i);
     }
   };
-  detail::run_tasks(num_tasks, max_workers, run,
-                    const_cast<void*>(static_cast<const void*>(std::addressof(task))));
+  detail::run_tasks(num_tasks, max_workers, run, const_cast<void*>(static_cast<const void*>(std::addressof(task))));
 }
 
 // Runs fn(begin, end) or fn(begin, end, worker) on nearly equal contiguous ranges of at most `grain` items

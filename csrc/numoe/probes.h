@@ -10,8 +10,8 @@
 
 namespace numoe {
 
-// A loop of independent multiply-adds on registers.  One step is `flops` operations; the sum goes to `out` (64 bytes), so
-// that no compiler can leave the work out.
+// A loop of independent multiply-adds on registers.  One step is `flops` operations; the sum goes to `out` (64 bytes),
+// so that no compiler can leave the work out.
 template <class T>
 struct PeakLoop {
   Index flops;

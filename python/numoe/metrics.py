@@ -495,7 +495,7 @@ def token_entropy(logits: npt.ArrayLike, *, score: str = "softmax", mask: Mask =
 
 
 def batch_entropy(logits: npt.ArrayLike, *, score: str = "softmax", mask: Mask = None) -> float:
-    r"""Entropy of the mean probability in nats, ``H(mean_t p_t)``: do all tokens together use all experts?
+    r"""Entropy of the mean probability in nats, ``H(mean_t p_t)``: are all experts used by the tokens together.
 
     Range 0…ln E; balanced ln E; never below the mean `token_entropy`, and the difference is the information
     (in nats) that the router's choice carries about the token.  NaN without tokens.  Arguments as in

@@ -206,7 +206,7 @@ def clip_gradients(grads: Mapping[str, Any], max_norm: float, *, error_if_nonfin
     >>> grads["w"], grads["b"]
     (array([0.6, 0. ]), array([0.8]))
     """
-    unlimited = isinstance(max_norm, float) and max_norm == math.inf
+    unlimited = np.isscalar(max_norm) and max_norm == math.inf
     limit = math.inf if unlimited else _real("max_norm", max_norm, strict=True)
     strict = _flag("error_if_nonfinite", error_if_nonfinite)
     flat = flatten(grads, "grads")
@@ -543,7 +543,7 @@ class AdamW(_Optimizer):
         lr_multipliers: Mapping[str, float] | None = None,
         no_decay: Iterable[str] = (),
     ) -> None:
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
+        if np.shape(betas) != (2,):
             raise TypeError(f"betas must be a pair of floats; got {betas!r}.")
         settings = {"lr": lr, "weight_decay": weight_decay, "beta1": betas[0], "beta2": betas[1], "eps": eps}
         super().__init__(params, settings, schedule, lr_multipliers, no_decay)

@@ -55,9 +55,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 void work_for(Clock::duration duration) {
   for (const auto end = Clock::now() + duration; Clock::now() < end;) {
@@ -196,6 +194,12 @@ void test_both_threads_work() {
   CHECK(on_caller == 1 && on_helper == 1);
 }
 
+void test_waiting_caller_is_woken() {  // by the last helper, not by its own look at the clock every 20 ms
+  const auto start = Clock::now();
+  for (int round = 0; round < 100; ++round) run_on_both([] {}, [] { std::this_thread::sleep_for(milliseconds(1)); });
+  CHECK(seconds_since(start) < 1.5);
+}
+
 // ---- Exceptions
 // -----------------------------------------------------------------------------------------------------
 
@@ -240,8 +244,7 @@ void test_nested_calls() {
     const auto outer = std::this_thread::get_id();
     parallel_for(5, [&](Index j, int worker) {
       CHECK(std::this_thread::get_id() == outer && worker == 0);
-      parallel_ranges(
-          10, 3, [&](Index begin, Index end) { sums[static_cast<std::size_t>(i)] += j * (end - begin); });
+      parallel_ranges(10, 3, [&](Index begin, Index end) { sums[static_cast<std::size_t>(i)] += j * (end - begin); });
     });
   });
   for (const Index sum : sums) CHECK(sum == 100);
@@ -272,8 +275,7 @@ void test_busy_pool_does_not_block() {
     while (!finished) std::this_thread::yield();
   };
   run_on_both(wait_for_the_other, [&] {
-    std::thread second(
-        [] { CHECK(sum_in_parallel(50) == 1225); });  // returns although the pool is held all the time
+    std::thread second([] { CHECK(sum_in_parallel(50) == 1225); });  // returns although the pool is held all the time
     second.join();
     finished = true;
   });
@@ -304,8 +306,7 @@ void test_threads_refused() {
   CHECK(child_succeeds([] {
     long pages = 0;
     std::ifstream("/proc/self/statm") >> pages;
-    const auto size =
-        static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + (40U << 20);  // room for some stacks
+    const auto size = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + (40U << 20);  // room for some stacks
     const rlimit limit{size, size};
     CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
     bool thread_refused = false;
@@ -427,9 +428,8 @@ void test_many_tiny_calls() {
   for (const int threads : {2, 5}) {
     std::vector<Index> counts(5, 0);
     for (Index round = 0; round < 20'000; ++round) {
-      parallel_for(
-          5, [&](Index i) { ++counts[static_cast<std::size_t>(i)]; }, threads);  // a plain ++: tasks own it
-      if (round % 1000 == 0) std::this_thread::sleep_for(microseconds(200));     // helpers park
+      parallel_for(5, [&](Index i) { ++counts[static_cast<std::size_t>(i)]; }, threads);  // a plain ++: tasks own it
+      if (round % 1000 == 0) std::this_thread::sleep_for(microseconds(200));              // helpers park
     }
     for (const Index count : counts) CHECK(count == 20'000);
   }
@@ -458,8 +458,7 @@ void measure() {
   for (const int threads : {1, 2}) {
     const auto start = Clock::now();
     for (int i = 0; i < 200'000; ++i) parallel_for(2, [](Index) {}, threads);
-    std::printf("%d thread(s), 2 empty tasks, back to back: %.3f us per call\n", threads,
-                5 * seconds_since(start));
+    std::printf("%d thread(s), 2 empty tasks, back to back: %.3f us per call\n", threads, 5 * seconds_since(start));
   }
   const auto empty = [] { parallel_for(2, [](Index) {}, 2); };
   const auto both = [] { run_on_both([] {}, [] {}); };
@@ -492,6 +491,7 @@ int main(int argc, char** argv) {
   test_worker_numbers_are_exclusive();
   test_ranges();
   test_both_threads_work();
+  test_waiting_caller_is_woken();
   test_exceptions_reach_the_caller();
   test_tasks_after_an_exception_are_skipped();
   test_nested_calls();

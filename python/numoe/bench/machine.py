@@ -130,7 +130,7 @@ def collect_facts(threads: int) -> dict[str, Any]:
         "huge_pages": _bracketed(_read_text("/sys/kernel/mm/transparent_hugepage/enabled")),
         "load_before": _read_text("/proc/loadavg").split(" ")[0],
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
-        "binding": "none: the system places the threads",
+        "binding": "not pinned",
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

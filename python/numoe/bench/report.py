@@ -39,7 +39,7 @@ def machine_lines(machine: Row) -> Iterator[str]:
     n, build = machine["threads"], machine["build"]
     yield (
         f"{machine['cpu']} ({machine['cpu_flags']}), {machine['cpus available']} CPUs available; "
-        f"target {machine['target']}, {n} threads, binding {machine['binding']}"
+        f"target {machine['target']}, {n} threads, {machine['binding']}"
     )
     blas = "unknown" if machine["blas_threads"] is None else machine["blas_threads"]
     yield (

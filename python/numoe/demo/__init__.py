@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from numoe import info
 from numoe.demo import pictures, report
 from numoe.demo.data import Batch, Corpus, held_out_batch, load_corpus, ngram_bits
 from numoe.demo.model import ModelConfig
-from numoe.demo.train import Recipe, Result, Trainer, run as train, sample
+from numoe.demo.train import Recipe, Result, Trainer, sample, train
 from numoe.optim import flatten
 
 STEPS = 1500
@@ -31,6 +32,7 @@ DENSE = {"num_experts": 1, "top_k": 1, "d_ff": 256}  # one expert as wide as the
 BIAS_RATE = 0.01
 PROMPTS = {"prose": "The ", "code": "    def ", "tables": "    '\\u04", "names": "GREEK SMALL LETTER "}
 HELD_OUT_PER_KIND = 8192
+WIDTH = 100  # of the report, in characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
     identical = _continue(setting, runs["moe"])
     numbers = report.numbers(corpus.kinds, held_out, ngrams, runs) | {"checkpoint_identical": identical}
     (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\nAll of it took {time.perf_counter() - started:.0f} s.  In {out}/: specialists.png, balance.png,")
-    print("checkpoint.safetensors, results.json.")
+    print(f"\nAll of it took {time.perf_counter() - started:.0f} s.  Written to {out}:")
+    print("  specialists.png  balance.png  checkpoint.safetensors  results.json")
     if not pictures.have_matplotlib():
-        print("The pictures are plain cells without labels; pip install 'numoe[plot]' draws them with matplotlib.")
+        _say("The pictures are plain coloured cells; with pip install 'numoe[plot]' they get axes and labels.")
     return 0 if identical else 1
 
 
@@ -124,6 +126,10 @@ def _headline(seed: int) -> str:
 
 def _title(number: int, text: str) -> None:
     print(f"\n{number}  {text}", flush=True)
+
+
+def _say(sentence: str) -> None:
+    print(textwrap.fill(sentence, WIDTH))
 
 
 def _save_at(steps: int) -> int:
@@ -142,7 +148,7 @@ def _predict(setting: _Setting) -> tuple[dict[str, Result], dict[str, Any]]:
     )
     ngrams = ngram_bits(setting.corpus, setting.held_out)
     print(report.prediction_table(setting.held_out, kinds, ngrams, [dense, moe]))
-    print(report.prediction_sentence(ngrams, dense, moe))
+    _say(report.prediction_sentence(ngrams, dense, moe))
     return {"dense": dense, "moe": moe}, ngrams
 
 
@@ -151,7 +157,7 @@ def _specialists(setting: _Setting, moe: Result) -> None:
     _title(2, "Who does what: where the held-out bytes of each kind are sent")
     print(report.specialist_table(moe, setting.held_out, kinds))
     shares = report.kind_shares(moe, setting.held_out, len(kinds))
-    print(report.specialist_sentence(shares, kinds))
+    _say(report.specialist_sentence(shares, kinds))
     order = report.specialist_order(shares)
     pictures.draw_specialists(setting.out / "specialists.png", shares[:, order], kinds, order.tolist())
 
@@ -175,7 +181,7 @@ def _balance(setting: _Setting) -> dict[str, Result]:
     }
     none, *cures = runs.values()
     print(report.balance_table([none, *cures]))
-    print(report.balance_sentence(none, cures))
+    _say(report.balance_sentence(none, cures))
     histories = [np.exp(-(r.shares * np.log(np.maximum(r.shares, 1e-300))).sum(axis=1)) for r in runs.values()]
     loads = [r.load() / r.load().sum() for r in runs.values()]
     pictures.draw_balance(setting.out / "balance.png", [r.recipe.label for r in runs.values()], histories, loads)
@@ -187,8 +193,8 @@ def _sample(setting: _Setting, moe: Result) -> None:
     rng = np.random.default_rng([setting.seed, 4])
     for kind in setting.corpus.kinds:
         text = sample(moe.trainer.model, PROMPTS[kind].encode(), 180, rng).decode(errors="replace")
-        first, *rest = f"{PROMPTS[kind]}|{text}".splitlines()
-        print("\n".join(f"  {kind if line is first else '':6}  {line}" for line in [first, *rest[:4]]))
+        for i, line in enumerate(f"{PROMPTS[kind]}|{text}".splitlines()[:5]):
+            print(f"  {kind if i == 0 else '':6}  {line[:WIDTH]}".rstrip())
 
 
 def _continue(setting: _Setting, moe: Result) -> bool:

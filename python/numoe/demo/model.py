@@ -129,7 +129,8 @@ class ByteModel:
 
     def backward(self, dlogits: Floats, done: Pass) -> dict[str, Any]:
         """Gradient of every parameter, auxiliary loss included, by the lines of `forward` in reverse order."""
-        p, g = self.params, {}
+        p = self.params
+        g: dict[str, Any] = {}
         # logits = normed @ w_logits
         g["w_logits"] = done.normed.T @ dlogits
         dnormed = dlogits @ p["w_logits"].T

@@ -59,7 +59,7 @@ def draw_balance(path: Path, labels: Sequence[str], histories: Sequence[Floats],
     left.axhline(experts, color="0.6", linestyle=":")
     left.set(xlabel="training step", ylabel="effective experts, exp(entropy)", ylim=(0, 1.05 * experts))
     left.set_title(f"How many of the {experts} experts are in use")
-    left.legend(title="balancing", loc="lower left")
+    right.legend(title="balancing")
     right.axhline(100 / experts, color="0.6", linestyle=":")
     right.set(xlabel="experts, busiest first", ylabel="% of all choices", xticks=[])
     right.set_title("Load on held-out text after training (dotted: even)")

@@ -147,11 +147,9 @@ def balance_table(runs: Sequence[Result]) -> str:
     rows = []
     for run in runs:
         load = metrics.load_summary(run.load())
-        cells = (load["effective_experts"], 1 + load["max_violation"], load["cv"], float(run.bits.mean()))
-        rows.append(
-            (run.recipe.label, f"{cells[0]:.1f}", f"{load['dead_experts']:.0f}", *(f"{c:.2f}" for c in cells[1:3]))
-            + (f"{cells[3]:.3f}",)
-        )
+        use = (f"{load['effective_experts']:.1f}", f"{load['dead_experts']:.0f}")
+        uneven = (f"{1 + load['max_violation']:.2f}", f"{load['cv']:.2f}")
+        rows.append((run.recipe.label, *use, *uneven, f"{run.bits.mean():.3f}"))
     header = ("balancing", "effective experts", "never used", "busiest / even", "CV", "bits per byte")
     return table(header, rows)
 

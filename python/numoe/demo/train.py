@@ -127,7 +127,7 @@ class Result:
         return metrics.expert_load(self.chosen, self.num_experts)
 
 
-def run(
+def train(
     corpus: Corpus,
     recipe: Recipe,
     held_out: Batch,
