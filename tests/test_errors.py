@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numoe
 import numpy as np
 import pytest
+
+import numoe
 from numoe import losses, optim
 from numoe.testing import assert_bitwise_equal
 
@@ -108,8 +109,9 @@ CONSTRUCTION: dict[str, tuple[Callable[..., Any], str]] = {
     "B7 not a string": (lambda: make(activation=3), "TypeError: activation must be one of .*; got 3"),
     **{
         f"B8 capacity_factor {v}": (lambda v=v: make(capacity_factor=v), "ValueError: capacity_factor must be")
-        for v in (0, -1.0, float("nan"), float("inf"), 10**400)
+        for v in (0, -1.0, float("nan"), float("inf"))
     },
+    "B8 capacity_factor beyond floats": (lambda: make(capacity_factor=10**400), "ValueError: capacity_factor must"),
     "B8 both": (lambda: make(capacity=1, capacity_factor=1), "ValueError: capacity and capacity_factor excl"),
     "B8 capacity -1": (lambda: make(capacity=-1), "ValueError: capacity must be >= 0; got -1"),
     "B9 groups": (lambda: make(num_groups=2), r"ValueError: num_groups must divide num_experts \(3\); got 2"),
@@ -214,7 +216,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B54 positional": (lambda y: y.forward(X, np.ones(T, bool)), "TypeError: .*positional"),
     "B55 logits width": (forward(logits=np.ones((T, E + 1))),
         r"ValueError: logits must .*E = 3; got \(6, 4\)"),
-    "B55 logits order": (lambda y: y.forward(X.reshape(2, 3, D), logits=LOGITS.reshape(3, 2, E)),
+    "B55 logits order": (forward(x=X.reshape(2, 3, D), logits=LOGITS.reshape(3, 2, E)),
         r"ValueError: logits must .*\(3, 2, 3\)"),
     "B55 logits and routing": (forward(logits=LOGITS, indices=INDICES, weights=WEIGHTS),
         "ValueError: give logits, or indices and weights.*got logits and indices and weights"),
@@ -247,7 +249,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B79 inference": (lambda y: y.backward(X, y(X)), "TypeError: out must be the MoEOutput.*got ndarray"),
     "B80 other config": (lambda y: y.backward(X, make(top_k=1).forward(X)),
         "ValueError: .*another configuration"),
-    "B80 other layer": (lambda y: y.backward(X, make(rng=9).forward(X)),
+    "B80 other layer": (lambda y: y.backward(X, Layer(config=y.config, rng=9).forward(X)),
         "ValueError: out comes from another"),
     "B80 copy": (lambda y: copy.deepcopy(y).backward(X, y.forward(X)), "ValueError: out comes from another"),
     "B84 replaced": (lambda y: spoiled(y, "w_up", np.ones((1, 2), "f4"))(X),
@@ -259,7 +261,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
         r"ValueError: .*params\['w_up'\] must be C-contiguous"),
     "B90 lengths": (forward(sequence_lengths=[2, 3]), r"ValueError: sequence_lengths .*tokens \(6\)"),
     "B90 floats": (forward(sequence_lengths=[2.0, 4.0]), "TypeError: sequence_lengths must be"),
-    "B90 ragged": (forward(sequence_lengths=[[2], [2, 2]]), "(TypeError|ValueError): sequence_lengths"),
+    "B90 ragged": (forward(sequence_lengths=[[2], [2, 2]]), "ValueError: sequence_lengths"),
     "B90 wrap": (forward(x=X[:0], sequence_lengths=[2**62] * 4), "ValueError: sequence_lengths"),
     "B72 bias": (lambda y: y.update_choice_bias(y.forward(X)),
         "ValueError: .*no choice bias.*choice_bias=True"),
@@ -286,7 +288,7 @@ def snapshot(layer: Layer) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("row", CALLS)
 def test_call(row: str) -> None:
-    layer = make(choice_bias=False, aux_losses={"z": 0.1})
+    layer = make(aux_losses={"importance": 0.1})
     before, y = snapshot(layer), layer(X)
     with np.errstate(all="ignore"):
         refused(CALLS[row], layer)
@@ -482,7 +484,7 @@ def test_b15_read_only_parameters_compute_but_do_not_load() -> None:
         value.setflags(write=False)
     assert_bitwise_equal(layer.forward(X).y, out.y)
     layer.backward(X, layer.forward(X))
-    with pytest.raises(ValueError, match="^read-only parameter 'w_router'"):
+    with pytest.raises(ValueError, match=r"^read-only parameter 'w_router'"):
         layer.load_state_dict(state)
 
 

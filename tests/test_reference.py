@@ -587,7 +587,7 @@ def test_load_is_the_probability_to_be_chosen(rng: np.random.Generator) -> None:
 def test_gradient_of_the_noise_std(rng: np.random.Generator) -> None:
     z, noisy = rng.standard_normal((2, 6, 4))
     for std in (np.array(0.7), rng.uniform(0.5, 1.0, 4), rng.uniform(0.5, 1.0, (6, 4))):
-        gradient = reference.load_loss(z, noisy, std, 2).noise_std
+        gradient = reference.load_loss(z, noisy, std, 2).dnoise_std
         assert gradient is not None
         assert gradient.shape == std.shape
         v, h = rng.standard_normal(std.shape), 1e-5

@@ -111,6 +111,9 @@ def aux_losses_of(
             return losses.importance_loss(routing.weights, routing.indices, experts, mask=mask)
         if router is None:
             raise ValueError(f"aux_losses {name!r} needs logits; this routing came as indices and weights.")
+        if name == "load" and router.noise_std == 0:  # no noise was drawn: hard counts, which have no gradient
+            ones = np.ones_like(routing.weights)
+            return losses.Loss(value=losses.importance_loss(ones, routing.indices, experts, mask=mask).value)
         if name == "load":
             return losses.load_loss(router.clean, router.logits, router.noise_std, config.router.top_k, mask=mask)
         if name == "z":

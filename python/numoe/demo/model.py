@@ -1,6 +1,6 @@
-"""A byte-level language model: embeddings of the previous bytes → linear → MoE layers → logits over 256 bytes.
+"""A byte-level language model: embeddings of the previous bytes → linear → MoE → logits over 256 bytes.
 
-Only the MoE layers come from numoe; the rest is NumPy, each forward next to its backward.
+Only the MoE layer comes from numoe; the rest is NumPy, each forward next to its backward.
 
 Letters: T tokens (positions), n previous bytes, C width of an embedding, D d_model.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from numoe.demo.data import Batch, Bytes
+from numoe.demo.data import Batch, Bytes, Ints
 from numoe.layer import MoELayer, MoEOutput
 
 Floats = npt.NDArray[np.float32]
@@ -22,13 +22,12 @@ EPS = np.float32(1e-6)  # in the root-mean-square norm
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of the model; `moe` holds the options of every `MoELayer` except ``d_model``."""
+    """Sizes of the model; `moe` holds the options of its `MoELayer` except ``d_model``."""
 
     moe: dict[str, Any]
-    context: int = 12  # n
-    embedding: int = 24  # C
+    context: int = 10  # n
+    embedding: int = 32  # C
     d_model: int = 64  # D
-    num_layers: int = 1
 
 
 # ------------------------------------------------------------------------------------------- the NumPy parts
@@ -87,10 +86,12 @@ class Pass:
     logits: Floats
     contexts: Bytes
     embedded: Floats  # (T, n·C)
-    hidden: list[Floats]  # (T, D) before each norm
-    scales: list[Floats]  # (T, 1) of each norm
+    before: Floats  # (T, D), input of the first norm
+    scale_in: Floats  # (T, 1)
+    moe: MoEOutput
+    after: Floats  # (T, D), before + moe.y: input of the second norm
+    scale_out: Floats  # (T, 1)
     normed: Floats  # (T, D), what the logits are made from
-    moe: list[MoEOutput]
 
 
 class ByteModel:
@@ -99,70 +100,64 @@ class ByteModel:
     def __init__(self, config: ModelConfig, seed: int) -> None:
         rng = np.random.default_rng([seed, 0xB17E])
         self.config = config
-        wide = config.context * config.embedding
-        self.layers = [
-            MoELayer(d_model=config.d_model, rng=rng.integers(2**63), **config.moe) for _ in range(config.num_layers)
-        ]
+        self.moe = MoELayer(d_model=config.d_model, rng=int(rng.integers(2**63)), **config.moe)
+        width = config.context * config.embedding
 
         def normal(*shape: int, std: float) -> Floats:
             return rng.standard_normal(shape, np.float32) * np.float32(std)
 
         self.params: dict[str, Any] = {
             "embedding": normal(256, config.embedding, std=1.0),
-            "w_context": normal(wide, config.d_model, std=wide**-0.5),
+            "w_context": normal(width, config.d_model, std=width**-0.5),
+            "norm_in": np.ones(config.d_model, np.float32),
+            "moe": self.moe.params,
+            "norm_out": np.ones(config.d_model, np.float32),
             "w_logits": normal(config.d_model, 256, std=config.d_model**-0.5),
         }
-        self.params |= {f"norm_{i}": np.ones(config.d_model, np.float32) for i in range(config.num_layers + 1)}
-        self.params |= {f"moe_{i}": layer.params for i, layer in enumerate(self.layers)}
 
     def forward(self, contexts: Bytes) -> Pass:
         """(T, n) bytes → logits (T, 256)."""
         p = self.params
         embedded = embed(contexts, p["embedding"])
-        x = embedded @ p["w_context"]
-        hidden, scales, outs = [], [], []
-        for i, layer in enumerate(self.layers):
-            u, scale = rms_norm(x, p[f"norm_{i}"])
-            out = layer.forward(u)
-            hidden.append(x)
-            scales.append(scale)
-            outs.append(out)
-            x = x + out.y
-        normed, scale = rms_norm(x, p[f"norm_{len(self.layers)}"])
-        return Pass(normed @ p["w_logits"], contexts, embedded, [*hidden, x], [*scales, scale], normed, outs)
+        before = embedded @ p["w_context"]
+        u, scale_in = rms_norm(before, p["norm_in"])
+        moe = self.moe.forward(u)
+        after = before + moe.y
+        normed, scale_out = rms_norm(after, p["norm_out"])
+        logits = normed @ p["w_logits"]
+        return Pass(logits, contexts, embedded, before, scale_in, moe, after, scale_out, normed)
 
     def backward(self, dlogits: Floats, done: Pass) -> dict[str, Any]:
-        """Gradient of every parameter, auxiliary losses included; each line is the adjoint of one in `forward`."""
-        p, last = self.params, len(self.layers)
-        grads: dict[str, Any] = {"w_logits": done.normed.T @ dlogits}
+        """Gradient of every parameter, auxiliary loss included, by the lines of `forward` in reverse order."""
+        p, g = self.params, {}
+        # logits = normed @ w_logits
+        g["w_logits"] = done.normed.T @ dlogits
         dnormed = dlogits @ p["w_logits"].T
-        dx, grads[f"norm_{last}"] = rms_norm_backward(dnormed, done.hidden[last], p[f"norm_{last}"], done.scales[last])
-        for i in reversed(range(last)):
-            moe = self.layers[i].backward(dx, done.moe[i])
-            grads[f"moe_{i}"] = moe.params
-            du, grads[f"norm_{i}"] = rms_norm_backward(moe.x, done.hidden[i], p[f"norm_{i}"], done.scales[i])
-            dx = dx + du
-        grads["w_context"] = done.embedded.T @ dx
-        grads["embedding"] = embed_backward(dx @ p["w_context"].T, done.contexts)
-        return grads
+        # normed = rms_norm(after, norm_out)
+        dafter, g["norm_out"] = rms_norm_backward(dnormed, done.after, p["norm_out"], done.scale_out)
+        # after = before + moe(u)
+        moe = self.moe.backward(dafter, done.moe)
+        g["moe"] = moe.params
+        # u = rms_norm(before, norm_in)
+        dbefore, g["norm_in"] = rms_norm_backward(moe.x, done.before, p["norm_in"], done.scale_in)
+        dbefore += dafter
+        # before = embed(contexts, embedding) @ w_context
+        g["w_context"] = done.embedded.T @ dbefore
+        g["embedding"] = embed_backward(dbefore @ p["w_context"].T, done.contexts)
+        return g
 
     def num_params(self) -> tuple[int, int]:
         """All learned numbers, and those that one token uses."""
         plain = sum(value.size for value in self.params.values() if isinstance(value, np.ndarray))
-        configs = [layer.config for layer in self.layers]
-        return plain + sum(c.num_params() for c in configs), plain + sum(c.num_active_params() for c in configs)
+        return plain + self.moe.config.num_params(), plain + self.moe.config.num_active_params()
 
 
-def held_out_bits(model: ByteModel, batch: Batch, chunk: int = 2048) -> tuple[npt.NDArray[np.float64], Floats]:
-    """Bits of every target (T,), and the load of each expert by kind of text, (kinds, layers, E)."""
-    kinds, experts = int(batch.kinds.max()) + 1, model.layers[0].config.router.num_experts
-    load = np.zeros((kinds, len(model.layers), experts), np.float32)
-    bits = []
+def predict(model: ByteModel, batch: Batch, chunk: int = 2048) -> tuple[npt.NDArray[np.float64], Ints]:
+    """Bits of every target (T,) and the experts that were chosen for it (T, K)."""
+    bits, chosen = [], []
     for start in range(0, len(batch.targets), chunk):
         part = slice(start, start + chunk)
         done = model.forward(batch.contexts[part])
         bits.append(cross_entropy(done.logits, batch.targets[part])[0] / np.log(2.0))
-        for i, out in enumerate(done.moe):
-            kind = np.repeat(batch.kinds[part], out.routing.indices.shape[1])
-            np.add.at(load, (kind, i, out.routing.indices.ravel()), 1)
-    return np.concatenate(bits).astype(np.float64), load
+        chosen.append(done.moe.routing.indices)
+    return np.concatenate(bits).astype(np.float64), np.concatenate(chosen).astype(np.int64)

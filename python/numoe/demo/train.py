@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe import checkpoint, metrics, optim
-from numoe.demo.data import Batch, Corpus, training_batch
-from numoe.demo.model import ByteModel, ModelConfig, Pass, cross_entropy, held_out_bits
+from numoe.demo.data import Batch, Corpus, Ints, training_batch
+from numoe.demo.model import ByteModel, ModelConfig, Pass, cross_entropy, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,7 @@ class Trainer:
         optim.clip_gradients(grads, 1.0)
         self.optimizer.step(grads)
         if recipe.bias_rate:
-            for layer, out in zip(self.model.layers, done.moe, strict=True):
-                layer.update_choice_bias(out, recipe.bias_rate)
+            self.model.moe.update_choice_bias(done.moe, recipe.bias_rate)
         self.seconds += time.perf_counter() - started
         return float(nats.mean(dtype=np.float64) / np.log(2.0)), done
 
@@ -81,8 +80,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Parameters and buffers of the model and the optimiser's state, by dotted names."""
-        layers = {f"moe_{i}": layer.state_dict() for i, layer in enumerate(self.model.layers)}
-        model = optim.flatten({"model": {**self.model.params, **layers}})
+        model = optim.flatten({"model": {**self.model.params, "moe": self.model.moe.state_dict()}})
         return model | {f"optimizer.{name}": a for name, a in self.optimizer.state_dict().items()}
 
     def save(self, path: Path) -> None:
@@ -109,51 +107,51 @@ class Result:
 
     recipe: Recipe
     trainer: Trainer
-    held_out: npt.NDArray[np.float64]  # bits of every held-out target
-    load: npt.NDArray[np.float32]  # (kinds, layers, E), choices on held-out text
-    train_bits: list[float]  # per step
-    shares: npt.NDArray[np.float64]  # (steps, E), load shares of the first MoE layer
+    losses: list[float]  # bits per byte of every training batch
+    shares: npt.NDArray[np.float64]  # (steps, E), load shares of every training batch
+    bits: npt.NDArray[np.float64]  # of every held-out target, (T,)
+    chosen: Ints  # experts of every held-out target, (T, K)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.trainer.model.moe.config.router.num_experts
 
     @property
     def tokens_per_second(self) -> float:
-        """Training speed, data and optimiser included."""
+        """Training speed; data, NumPy parts and optimiser included."""
         return self.recipe.steps * self.recipe.batch / max(self.trainer.seconds, 1e-9)
 
-    def balance(self) -> dict[str, float]:
-        """Balance of the first MoE layer on held-out text."""
-        return metrics.load_summary(self.load.sum(axis=0)[0])
-
-
-Progress = Callable[[float, float], None]
+    def load(self) -> Ints:
+        """Choices of each expert on the held-out text, (E,)."""
+        return metrics.expert_load(self.chosen, self.num_experts)
 
 
 def run(
     corpus: Corpus,
     recipe: Recipe,
-    batch: Batch,
-    progress: Progress,
+    held_out: Batch,
+    progress: Callable[[float], None],
     *,
-    checkpoint_at: int | None = None,
+    save_at: int | None = None,
     path: Path | None = None,
 ) -> Result:
-    """Train to the end, then measure on `batch`; `progress` hears (bits, effective experts) after every step."""
+    """Train to the end, then measure on `held_out`; `progress` hears the bits of every batch."""
     trainer = Trainer(corpus, recipe)
-    experts = trainer.model.layers[0].config.router.num_experts
-    bits, shares = [], []
+    losses, shares = [], []
     while trainer.step_count < recipe.steps:
-        if path is not None and trainer.step_count == checkpoint_at:
+        if path is not None and trainer.step_count == save_at:
             trainer.save(path)
-        loss, done = trainer.step()
-        share = metrics.load_fraction(done.moe[0].routing.indices, experts)
-        bits.append(loss)
-        shares.append(share)
-        progress(loss, float(np.exp(-(share * np.log(np.maximum(share, 1e-300))).sum())))
-    held_out, load = held_out_bits(trainer.model, batch)
-    return Result(recipe, trainer, held_out, load, bits, np.array(shares))
+        bits, done = trainer.step()
+        losses.append(bits)
+        shares.append(metrics.load_fraction(done.moe.routing.indices, recipe.model.moe["num_experts"]))
+        progress(bits)
+    measured, chosen = predict(trainer.model, held_out)
+    return Result(recipe, trainer, losses, np.array(shares), measured, chosen)
 
 
-def sample(model: ByteModel, prompt: bytes, length: int, rng: np.random.Generator, temperature: float) -> bytes:
-    """`length` bytes after `prompt`, each drawn from softmax(logits / temperature)."""
+def sample(model: ByteModel, prompt: bytes, length: int, rng: np.random.Generator, temperature: float = 0.6) -> bytes:
+    """Write `length` bytes after `prompt`, each drawn from softmax(logits / temperature)."""
     text = bytearray(prompt)
     width = model.config.context
     for _ in range(length):

@@ -316,9 +316,9 @@ def aux_losses_backward(config: MoEConfig, losses: Mapping[str, Loss]) -> tuple[
     dlogits: Array | float = 0.0
     for name, loss in losses.items():
         coefficient = config.aux_losses[name]
-        if loss.weights is not None:
-            dweights = dweights + coefficient * loss.weights
-        for gradient in (loss.logits, loss.noisy_logits):  # noisy = clean + noise
+        if loss.dweights is not None:
+            dweights = dweights + coefficient * loss.dweights
+        for gradient in (loss.dlogits, loss.dnoisy_logits):  # noisy = clean + noise
             if gradient is not None:
                 dlogits = dlogits + coefficient * gradient
     return dweights, dlogits

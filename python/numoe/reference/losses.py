@@ -17,15 +17,15 @@ from numoe.reference.routing import log_score_slope
 from numoe.reference.routing import score as score_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A value and its gradient with respect to the arrays it depends on; ``None`` where it does not."""
+    """A value and its gradients: ``d`` + the name of the argument, and of its shape; None if it has no part."""
 
     value: float
-    logits: Array | None = None
-    weights: Array | None = None
-    noisy_logits: Array | None = None
-    noise_std: Array | None = None
+    dlogits: Array | None = None
+    dweights: Array | None = None
+    dnoisy_logits: Array | None = None
+    dnoise_std: Array | None = None
 
 
 @quiet
@@ -89,7 +89,7 @@ def load_balance_loss(
     dp = np.where(real[:, None], (factor * counts / np.maximum(n, 1) ** 2)[sequence], 0)
     z = np.where(real[:, None], logits, 0)
     p, p_backward = _probabilities("softmax" if convention == "hf" else score, z)
-    return Loss(float((dp * p).sum()), logits=p_backward(dp))
+    return Loss(value=float((dp * p).sum()), dlogits=p_backward(dp))
 
 
 def _probabilities(kind: str, z: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -129,7 +129,7 @@ def importance_loss(weights: Array, indices: Array, num_experts: int, *, mask: A
     np.add.at(importance, indices[counted], weights[counted])
     value, dimportance = cv_squared(importance)
     # importance[indices] += weights
-    return Loss(value, weights=np.where(counted, dimportance[np.maximum(indices, 0)], 0))
+    return Loss(value=value, dweights=np.where(counted, dimportance[np.maximum(indices, 0)], 0))
 
 
 @quiet
@@ -179,7 +179,7 @@ def load_loss(
     # θ = noisy[rival]
     dnoisy = np.zeros_like(noisy)
     np.add.at(dnoisy, (np.arange(T)[:, None], rival), -dz)
-    return Loss(value, logits=dz, noisy_logits=dnoisy, noise_std=_sum_to(np.shape(noise_std), dsigma))
+    return Loss(value=value, dlogits=dz, dnoisy_logits=dnoisy, dnoise_std=_sum_to(np.shape(noise_std), dsigma))
 
 
 def _sum_to(shape: tuple[int, ...], gradient: Array) -> Array:
@@ -205,7 +205,7 @@ def z_loss(logits: Array, *, mask: Array | None = None) -> Loss:
     top = z.max(axis=-1, keepdims=True)
     lse = top + np.log(np.exp(np.where(z == top, 0, z - top)).sum(axis=-1, keepdims=True))
     # value = (lse**2).sum() / n
-    return Loss(float(np.where(real, lse**2, 0).sum() / n), logits=np.where(real, 2 * lse * softmax(z) / n, 0))
+    return Loss(value=float(np.where(real, lse**2, 0).sum() / n), dlogits=np.where(real, 2 * lse * softmax(z) / n, 0))
 
 
 def update_choice_bias(choice_bias: Array, counts: npt.ArrayLike, rate: float = 1e-3) -> Array:

@@ -1,0 +1,385 @@
+"""The layer end to end: against `numoe.reference` over a covering sample of options, and the laws it must obey."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import numoe
+from numoe import reference
+from numoe.config import ACTIVATIONS, PRIORITIES
+from numoe.testing import Problem, assert_bitwise_equal, assert_close, random_problem
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def layer_of(problem: Problem) -> numoe.MoELayer:
+    """A layer with the problem's numbers."""
+    layer = numoe.MoELayer(config=problem.config, rng=0)
+    layer.load_state_dict(problem.params | problem.buffers)
+    return layer
+
+
+def make(seed: int = 0, **options: Any) -> numoe.MoELayer:
+    return layer_of(random_problem(seed, **({"dtype": "float32"} | options)))
+
+
+def tokens(seed: int, *shape: int, dtype: Any = np.float32) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape or (12, 8)).astype(dtype)
+
+
+# ── against the reference
+
+Options = dict[str, Any]
+GLU_SHARED = numoe.SharedExpertConfig(d_ff=5, gate="sigmoid")
+AXES: dict[str, list[Options]] = {
+    "dtype": [{"dtype": "float32"}, {"dtype": "float64"}],
+    "router": [
+        {},
+        {"normalize": "none"},
+        {"score": "softmax_chosen"},
+        {"score": "softmax_chosen", "normalize": "l2", "scale": 0.5},
+        {"score": "sigmoid", "scale": 2.5},
+        {"score": "sigmoid", "normalize_eps": 1e-3},
+        {"score": "sigmoid", "normalize": "none"},
+        {"score": "sqrt_softplus", "normalize": "l2"},
+        {"score": "sqrt_softplus", "normalize_eps": 0.1, "eps_mode": "max"},
+    ],
+    "choice": [
+        {},
+        {"top_k": 1},
+        {"top_k": 6},
+        {"choice_bias": True, "linear_bias": True},
+        {"num_groups": 3, "groups_kept": 2},
+        {"num_groups": 2, "group_score": "max", "choice_bias": True},
+    ],
+    "experts": [
+        {"form": form, "activation": name, "bias": bias}
+        for (i, name), form in itertools.product(enumerate(ACTIVATIONS), ("glu", "mlp"))
+        for bias in [(i + (form == "mlp")) % 2 == 0]
+    ],
+    "weight_on": [{}, {"weight_on": "input"}],
+    "dispatch": [
+        {},
+        {"capacity_factor": 1.0, "renormalize_after_drop": True},
+        *({"capacity_factor": 0.7, "drop_priority": priority} for priority in PRIORITIES),
+        {"capacity": 1, "capacity_per": "sequence", "drop_priority": "choice"},
+        {"capacity_factor": 0.5, "capacity_per": 5, "renormalize_after_drop": True, "drop_priority": "batch"},
+    ],
+    "shared": [{}, {"shared": GLU_SHARED}, {"shared": numoe.SharedExpertConfig(d_ff=7, form="mlp", activation="gelu")}],
+    "losses": [
+        {},
+        {"aux_losses": {"switch": 0.1, "z": 0.01}},
+        {"aux_losses": {"gshard": 0.5, "importance": 0.1}},
+        {"aux_losses": {"megatron": 0.3, "hf": 0.2}},
+        {"aux_losses": {"deepseek-sequence": 1.0}},
+        {"aux_losses": {"load": 0.2}, "noise_std": 0.5, "jitter": 0.1},
+    ],
+    "input": [{"tokens": 11}, {"tokens": (3, 4), "mask": 0.7}, {"tokens": (2, 2, 3)}, {"tokens": 1}],
+}
+
+
+def covering_sample() -> list[Options]:
+    """Few combinations in which every two values of any two axes meet, unless the configuration refuses them."""
+    rng = np.random.default_rng(0)
+    sizes = [len(values) for values in AXES.values()]
+    pairs = itertools.combinations(range(len(sizes)), 2)
+    missing = {(i, a, j, b) for i, j in pairs for a in range(sizes[i]) for b in range(sizes[j])}
+    sample = []
+    while missing:
+        i, a, j, b = min(missing)
+        rows = [[int(rng.integers(n)) for n in sizes] for _ in range(20)]
+        for row in rows:
+            row[i], row[j] = a, b
+        rows = [row for row in rows if is_valid(row)]
+        met = [missing & {(p, r[p], q, r[q]) for p, q in itertools.combinations(range(len(r)), 2)} for r in rows]
+        if not rows:
+            missing.remove((i, a, j, b))  # refused whatever the rest is
+            continue
+        best = max(range(len(rows)), key=lambda n: len(met[n]))
+        missing -= met[best]
+        sample.append(merged(rows[best]))
+    return sample
+
+
+def merged(row: list[int]) -> Options:
+    return {key: v for values, n in zip(AXES.values(), row, strict=True) for key, v in values[n].items()}
+
+
+def is_valid(row: list[int]) -> bool:
+    options = merged(row)
+    try:
+        random_problem(0, **{key: value for key, value in options.items() if key != "mask"})
+    except ValueError:
+        return False
+    return True
+
+
+def inputs_of(problem: Problem, share: float | None) -> Options:
+    inputs: Options = {}
+    if share is not None:
+        inputs["mask"] = np.random.default_rng(1).random(problem.x.shape[:-1]) < share
+    if problem.config.router.noise_std:
+        inputs["rng"] = 7
+    return inputs
+
+
+def name_of(options: Options) -> str:
+    def text(value: Any) -> str:
+        return f"{value.form}-{value.gate}" if isinstance(value, numoe.SharedExpertConfig) else str(value)
+
+    return ",".join(f"{key}={text(value)}".replace(" ", "") for key, value in options.items())
+
+
+@pytest.mark.parametrize("options", covering_sample(), ids=name_of)
+def test_forward_and_backward_agree_with_the_reference(options: Options) -> None:
+    options = dict(options)
+    share = options.pop("mask", None)
+    problem = random_problem(3, **options)
+    inputs = inputs_of(problem, share)
+    layer = layer_of(problem)
+    out = layer.forward(problem.x, **inputs)
+    grads = layer.backward(problem.dy, out, d_aux_loss=0.7)
+
+    exact = dataclasses.replace(problem.config, dtype="float64")
+    expected = reference.forward(exact, problem.params, problem.x, buffers=problem.buffers, **inputs)
+    expected_grads = reference.backward(exact, problem.params, problem.dy, expected, d_aux_loss=0.7)
+    assert np.array_equal(out.routing.indices, expected.routing.indices)
+    assert np.array_equal(out.dispatch.assignment_row, expected.dispatch.assignment_row)
+    assert np.array_equal(out.dispatch.offsets, expected.dispatch.offsets)
+    assert out.dispatch.capacity == expected.dispatch.capacity
+    assert_close(out.routing.weights, expected.routing.weights, name="weights")
+    assert_close(out.y, expected.y, name="y")
+    assert out.losses.keys() == expected.losses.keys()
+    eps = np.finfo(problem.config.dtype).eps
+    for name, term in expected.losses.items():
+        assert out.losses[name].coefficient == term.coefficient
+        assert out.losses[name].value == pytest.approx(term.value, rel=64 * eps, abs=64 * eps)
+    assert out.aux_loss == sum(term.coefficient * term.value for term in out.losses.values())
+    assert_close(grads.x, expected_grads.x, name="dx")
+    assert list(grads.params) == list(layer.params)
+    for name, value in expected_grads.params.items():
+        assert_close(grads.params[name], value, name=f"d{name}")
+    assert {v.dtype for v in (out.y, grads.x, *grads.params.values())} == {layer.dtype}
+
+
+def test_the_sample_covers_and_does_not_flatter() -> None:
+    """Every value occurs, outputs are mostly not zero, and some assignments are dropped."""
+    sample = covering_sample()
+    for values in AXES.values():
+        assert all(any(option.items() <= row.items() for row in sample) for option in values)
+    dropped, zeros, total = 0, 0, 0
+    for options in sample:
+        problem = random_problem(3, **{key: value for key, value in options.items() if key != "mask"})
+        out = layer_of(problem).forward(problem.x, **inputs_of(problem, None))
+        dropped += int((~out.dispatch.kept).any())
+        zeros, total = zeros + int((out.y == 0).sum()), total + out.y.size
+    assert dropped > len(sample) / 3 and zeros < total / 3
+
+
+# ── conservation
+
+ROUTERS: list[Options] = [{}, {"score": "sigmoid"}, {"score": "sqrt_softplus"}, {"score": "softmax_chosen"}]
+
+
+@pytest.mark.parametrize("options", ROUTERS)
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_normalised_weights_sum_to_the_scale(options: Options, scale: float) -> None:
+    out = make(scale=scale, top_k=3, dtype="float64", **options).forward(tokens(0, dtype=np.float64))
+    np.testing.assert_allclose(out.routing.weights.sum(axis=1), scale, rtol=1e-15)
+    assert np.all(out.routing.weights > 0)
+
+
+def test_every_assignment_is_kept_or_counted_as_dropped() -> None:
+    out = make(capacity=3).forward(tokens(1, 40, 8))
+    dropped = int((~out.dispatch.kept).sum())
+    assert out.dispatch.num_rows + dropped == 40 * 2 and dropped == 80 - 6 * 3
+    assert out.dispatch.load.max() == 3
+
+
+def test_choices_are_sorted_and_distinct() -> None:
+    routing = make(top_k=4).forward(tokens(2, 50, 8)).routing
+    assert all(len(set(row)) == 4 for row in routing.indices.tolist())
+    chosen = np.take_along_axis(routing.logits, routing.indices, axis=1)
+    assert np.all(np.diff(chosen, axis=1) <= 0)
+
+
+def test_experts_with_equal_weights_make_routing_irrelevant() -> None:
+    layer = make(dtype="float64")
+    for name in ("w_gate", "w_up", "w_down"):
+        layer.params[name][...] = layer.params[name][:1]
+    x = tokens(3, dtype=np.float64)
+    alone = {name: layer.params[name][0] for name in ("w_gate", "w_up", "w_down")}
+    expected, _ = reference.feed_forward("glu", "silu", alone, x)
+    assert_close(layer(x), expected)  # the weights sum to 1
+
+
+def test_one_expert_is_a_plain_network() -> None:
+    layer = make(num_experts=1, top_k=1)
+    out = layer.forward(x := tokens(4))
+    assert np.all(out.routing.weights == 1)
+    alone = {name: layer.params[name][0] for name in ("w_gate", "w_up", "w_down")}
+    assert_close(out.y, reference.feed_forward("glu", "silu", alone, x)[0])
+    grads = layer.backward(x, out)
+    assert not grads.params["w_router"].any()  # the weight is 1 whatever the router says
+
+
+# ── symmetries, bit for bit
+
+
+def test_permuting_tokens_permutes_everything() -> None:
+    layer, x, dy = make(), tokens(5, 37, 8), tokens(6, 37, 8)
+    order = np.random.default_rng(7).permutation(37)
+    out, permuted = layer.forward(x), layer.forward(x[order])
+    assert_bitwise_equal(permuted.y, out.y[order])
+    assert_bitwise_equal(permuted.routing.weights, out.routing.weights[order])
+    grads, permuted_grads = layer.backward(dy, out), layer.backward(dy[order], permuted)
+    assert_bitwise_equal(permuted_grads.x, grads.x[order])
+    for name, value in grads.params.items():  # sums over tokens, in another order
+        assert_close(permuted_grads.params[name], value, name=name)
+
+
+def test_permuting_experts_changes_nothing() -> None:
+    layer, x = make(top_k=3), tokens(8, 37, 8)
+    order = np.random.default_rng(9).permutation(6)
+    twin = make(top_k=3)
+    twin.params["w_router"][...] = layer.params["w_router"][:, order]
+    for name in ("w_gate", "w_up", "w_down"):
+        twin.params[name][...] = layer.params[name][order]
+    out, permuted = layer.forward(x), twin.forward(x)
+    assert np.array_equal(order[permuted.routing.indices], out.routing.indices)
+    assert_bitwise_equal(permuted.routing.weights, out.routing.weights)
+    assert_close(permuted.y, out.y)  # a token's experts are added in another order
+
+
+@pytest.mark.parametrize("p", [-40, -3, 1, 30])
+@pytest.mark.parametrize(("activation", "degree"), [("relu", 1), ("relu2", 2)])
+def test_powers_of_two_scale_exactly(activation: str, degree: int, p: int) -> None:
+    layer, x = make(form="mlp", activation=activation, dtype="float64"), tokens(10, dtype=np.float64)
+    routing = layer.forward(x).routing
+    fixed = {"indices": routing.indices, "weights": routing.weights}
+    y = layer.forward(x, **fixed).y
+    assert_bitwise_equal(layer.forward(2.0**p * x, **fixed).y, 2.0 ** (p * degree) * y)
+    layer.params["w_down"] *= 2.0**p
+    assert_bitwise_equal(layer(x), 2.0**p * y)
+
+
+def test_duplicated_tokens_give_identical_rows() -> None:
+    layer, x, dy = make(), tokens(11, 5, 8), tokens(12, 5, 8)
+    out, once = layer.forward(np.repeat(x, 7, axis=0)), layer.forward(x)
+    assert_bitwise_equal(out.y, np.repeat(once.y, 7, axis=0))
+    grads = layer.backward(np.repeat(dy, 7, axis=0), out)
+    assert_bitwise_equal(grads.x, np.repeat(layer.backward(dy, once).x, 7, axis=0))
+
+
+def test_backward_is_linear_in_dy() -> None:
+    layer, x, dy = make(), tokens(13), tokens(14)
+    out = layer.forward(x)
+    once, twice = layer.backward(dy, out), layer.backward(2 * dy, out)
+    for name, value in once.params.items():
+        assert_bitwise_equal(twice.params[name], 2 * value, name=name)
+    assert_bitwise_equal(twice.x, 2 * once.x)
+
+
+def test_the_gradient_is_the_outputs_plus_the_losses() -> None:
+    layer = make(aux_losses={"switch": 0.5, "z": 0.1, "importance": 0.2}, dtype="float64")
+    x, dy = (tokens(seed, dtype=np.float64) for seed in (15, 16))
+    out = layer.forward(x)
+    both, plain = layer.backward(dy, out), layer.backward(dy, out, d_aux_loss=0)
+    losses = layer.backward(np.zeros_like(dy), out, d_aux_loss=3)
+    unbalanced = layer_of(dataclasses.replace(random_problem(0), config=make(dtype="float64").config))
+    assert_bitwise_equal(plain.x, unbalanced.backward(dy, unbalanced.forward(x)).x)
+    for name, value in both.params.items():
+        assert_close(value - plain.params[name], losses.params[name] / 3, scale=abs(value).max(), name=name)
+
+
+# ── shapes, masks, external routing
+
+
+@pytest.mark.parametrize(
+    "shape", [(8,), (1, 8), (2, 3, 8), (2, 1, 3, 8), (0, 8), (0, 5, 8), (5, 0, 8), (2, 0, 3, 8)], ids=str
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity": 2, "capacity_per": "sequence", "aux_losses": {"deepseek-sequence": 1}}]
+)
+def test_leading_shapes_are_restored(shape: tuple[int, ...], options: Options) -> None:
+    layer, x = make(shared=GLU_SHARED, **options), tokens(17, *shape)
+    out = layer.forward(x)
+    grads = layer.backward(x, out)
+    assert out.y.shape == layer(x).shape == grads.x.shape == shape
+    assert out.y.dtype == grads.x.dtype == np.float32
+    assert np.isfinite(out.aux_loss) and all(np.isfinite(v).all() for v in grads.params.values())
+    if x.size == 0:
+        assert not any(v.any() for v in grads.params.values()) and out.dispatch.load.sum() == 0
+    elif not options:
+        assert_bitwise_equal(out.y.reshape(-1, 8), layer(x.reshape(-1, 8)))
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e30, np.inf, np.nan])
+def test_masked_tokens_count_nowhere(garbage: float) -> None:
+    """As if they were not there: outputs, gradients, losses and capacity are those of the real tokens alone."""
+    options = {"shared": GLU_SHARED, "aux_losses": {"switch": 0.3, "z": 0.1}, "capacity_factor": 1.0}
+    layer, x, dy = make(**options), tokens(18, 20, 8), tokens(19, 20, 8)
+    real = np.random.default_rng(20).random(20) < 0.6
+    x[~real] = dy[~real] = garbage
+    out, alone = layer.forward(x, mask=real), layer.forward(x[real])
+    assert_bitwise_equal(out.y[real], alone.y)
+    assert_bitwise_equal(out.y[~real], np.zeros_like(out.y[~real]))
+    assert np.all(out.routing.indices[~real] == -1) and not out.routing.weights[~real].any()
+    assert out.losses == alone.losses and out.dispatch.capacity == alone.dispatch.capacity
+    grads, alone_grads = layer.backward(dy, out), layer.backward(dy[real], alone)
+    assert_bitwise_equal(grads.x[real], alone_grads.x)
+    assert not grads.x[~real].any()
+    for name, value in alone_grads.params.items():
+        assert_close(grads.params[name], value, name=name)
+    assert_bitwise_equal(layer(x, mask=real), out.y)
+
+
+def test_all_tokens_masked() -> None:
+    layer = make(shared=GLU_SHARED, aux_losses={"switch": 1.0, "importance": 1.0}, capacity_factor=1.0)
+    out = layer.forward(x := tokens(21), mask=np.zeros(12, bool))
+    assert not out.y.any() and out.aux_loss == 0
+    grads = layer.backward(x, out)
+    assert not grads.x.any() and not any(v.any() for v in grads.params.values())
+
+
+def test_external_logits_equal_the_layers_own() -> None:
+    layer, x, dy = make(linear_bias=True, aux_losses={"z": 0.1}), tokens(22, 3, 4, 8), tokens(23, 3, 4, 8)
+    own = layer.forward(x)
+    given = layer.forward(x, logits=own.routing.logits.reshape(3, 4, 6))
+    assert_bitwise_equal(given.y, own.y)
+    grads, own_grads = layer.backward(dy, given), layer.backward(dy, own)
+    assert grads.logits.shape == (3, 4, 6) and not grads.params["w_router"].any()
+    dx_router = grads.logits.reshape(12, 6) @ layer.params["w_router"].T
+    assert_close(grads.x.reshape(12, 8) + dx_router, own_grads.x.reshape(12, 8))
+    assert_close(x.reshape(12, 8).T @ grads.logits.reshape(12, 6), own_grads.params["w_router"])
+    assert_bitwise_equal(grads.params["w_down"], own_grads.params["w_down"])
+
+
+def test_external_routing_equals_the_layers_own() -> None:
+    layer, x, dy = make(), tokens(24), tokens(25)
+    own = layer.forward(x)
+    given = layer.forward(x, indices=own.routing.indices, weights=own.routing.weights)
+    assert_bitwise_equal(given.y, own.y)
+    grads, own_grads = layer.backward(dy, given), layer.backward(dy, own)
+    assert_bitwise_equal(grads.params["w_up"], own_grads.params["w_up"])
+    dlogits = numoe.route_backward(grads.weights, own.routing, layer.config.router)
+    assert_close(x.T @ dlogits, own_grads.params["w_router"])
+
+
+def test_minus_one_is_not_routed() -> None:
+    layer, x = make(shared=GLU_SHARED), tokens(26)
+    routing = layer.forward(x).routing
+    indices, weights = routing.indices.copy(), routing.weights.copy()
+    indices[3], weights[3] = -1, np.nan  # the weight of nobody does not matter
+    out = layer.forward(x, indices=indices, weights=weights)
+    own = layer.forward(x)
+    assert_bitwise_equal(np.delete(out.y, 3, axis=0), np.delete(own.y, 3, axis=0))
+    assert np.all(out.dispatch.assignment_row[3] == -1)
+    assert np.isfinite(out.y[3]).all() and out.y[3].any()  # the shared expert takes every token
+    grads = layer.backward(x, out)
+    assert not grads.weights[3].any() and np.isfinite(grads.x).all()
