@@ -183,10 +183,9 @@ class PanelsInPlace {
     if constexpr (std::is_same_v<S, T>) {
       return {panel};
     } else {
-      constexpr Index few_rows = 6;  // up to here widening again for every row tile is hidden behind the memory
-      if (rows <= few_rows) return {nullptr, panel};
+      if (rows <= 2 * kernels<T>().tile_rows) return {nullptr, panel};  // widening twice costs less than a pass
       T* wide = scratch<T, 0>(2 * depth * W_) + which * depth * W_;
-      widen_panel(panel, depth, W_, wide);
+      kernels<T>().widen_panel(depth, panel, wide);
       return {wide};
     }
   }

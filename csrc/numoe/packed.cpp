@@ -36,8 +36,7 @@ HugeBuffer::HugeBuffer(Index bytes) : bytes_(bytes) {
 HugeBuffer::~HugeBuffer() { ::operator delete(data_, std::align_val_t{huge_page}); }
 
 template <class S>
-template <class Source>
-PackedExperts<S>::PackedExperts(const ExpertWeights<Source>& w)
+PackedExperts<S>::PackedExperts(const ExpertWeights<Compute<S>>& w)
     : glu_(w.glu()), E_(w.num_experts()), D_(w.d_model()), F_(w.d_ff()), W_(kernels<Compute<S>>().tile_cols) {
   constexpr bool bf16 = std::is_same_v<S, bfloat16>;
   constexpr Index element = sizeof(S);
@@ -63,8 +62,5 @@ PackedExperts<S>::PackedExperts(const ExpertWeights<Source>& w)
 template class PackedExperts<float>;
 template class PackedExperts<double>;
 template class PackedExperts<bfloat16>;
-template PackedExperts<float>::PackedExperts(const ExpertWeights<float>&);
-template PackedExperts<double>::PackedExperts(const ExpertWeights<double>&);
-template PackedExperts<bfloat16>::PackedExperts(const ExpertWeights<float>&);
 
 }  // namespace numoe

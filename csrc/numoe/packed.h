@@ -46,9 +46,8 @@ struct ExpertBiases {
 template <class S>
 class PackedExperts {
  public:
-  // Packs float weights (or the S they already are); throws std::bad_alloc.
-  template <class Source>
-  explicit PackedExperts(const ExpertWeights<Source>& weights);
+  // Rounds to S while packing; throws std::bad_alloc.
+  explicit PackedExperts(const ExpertWeights<Compute<S>>& weights);
 
   bool glu() const { return glu_; }
   Index num_experts() const { return E_; }

@@ -115,14 +115,6 @@ void pack_bf16_panel(MatrixView<const S> b, Index col, Index width, bfloat16* pa
     }
   }
 }
-// One bfloat16 panel → the float32 panel of the same numbers.
-inline void widen_panel(const bfloat16* packed, Index depth, Index width, float* panel) {
-  for (Index k = 0; k < depth; ++k) {
-    const bfloat16* source = packed + k / 2 * 2 * width + k % 2;
-    for (Index j = 0; j < width; ++j) panel[k * width + j] = widen(source[2 * j]);
-  }
-}
-
 // How many columns of a (depth, cols) operand one task packs at a time: what fits into half of a second-level cache,
 // and few enough that `tasks` tasks have work.  The choice never changes a result, only who computes it.
 template <class T>

@@ -152,10 +152,11 @@ T dot(Index n, const T* a, const T* b) {
 template <class T, int N, int R>
 constexpr Kernels<T> make_kernels() {
   if constexpr (sizeof(T) == sizeof(float)) {
-    return {R, 2 * N, Tile<T, N, R>::run, Tile<T, N, R>::run_bf16, activate<T, N>, activate_backward<T, N>, axpy<T, N>,
-            dot<T, N>};
+    return {R, 2 * N, Tile<T, N, R>::run, Tile<T, N, R>::run_bf16, widen_panel<N>, activate<T, N>,
+            activate_backward<T, N>, axpy<T, N>, dot<T, N>};
   }
-  return {R, 2 * N, Tile<T, N, R>::run, nullptr, activate<T, N>, activate_backward<T, N>, axpy<T, N>, dot<T, N>};
+  return {R, 2 * N, Tile<T, N, R>::run, nullptr, nullptr, activate<T, N>, activate_backward<T, N>,
+          axpy<T, N>, dot<T, N>};
 }
 
 }  // namespace

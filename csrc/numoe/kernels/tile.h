@@ -74,6 +74,20 @@ void tile_bf16_of_height(Index depth, const float* a, const bfloat16* b, float* 
   store_rows<float, N>(c, c_stride, left, right);
 }
 
+template <int N>
+void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
+  using I = Lanes<std::uint32_t, N>;
+  const I high_half = I{} + 0xffff0000u;
+  for (Index k = 0; k < depth; k += 2, narrow += 4 * N, wide += 4 * N) {
+    const I left = load<I>(narrow), right = load<I>(narrow + 2 * N);
+    store(wide, reinterpret<Lanes<float, N>>(left << 16));
+    store(wide + N, reinterpret<Lanes<float, N>>(right << 16));
+    if (k + 1 == depth) return;
+    store(wide + 2 * N, reinterpret<Lanes<float, N>>(left & high_half));
+    store(wide + 3 * N, reinterpret<Lanes<float, N>>(right & high_half));
+  }
+}
+
 template <class T, int N, int R>
 struct Tile {
   static void run(Index depth, Index rows, const T* a, const T* b, T* c, Index c_stride, bool accumulate) {
