@@ -1,5 +1,5 @@
 #include "bindings/dispatch_arrays.h"
-#include "bindings/options.h"
+#include "bindings/expert_weights.h"
 #include "numoe/experts.h"
 #include "numoe/parallel.h"
 
@@ -15,28 +15,6 @@ ExpertOptions make_options(const std::string& activation, const std::string& wei
                              {"relu2", Activation::relu2},
                              {"quick_gelu", Activation::quick_gelu}}),
           parse<WeightOn>(weight_on, "weight_on", {{"output", WeightOn::output}, {"input", WeightOn::input}})};
-}
-
-// params[name], or None.
-py::object param(const py::dict& params, const char* name) {
-  return params.contains(name) ? py::object(params[name]) : py::none();
-}
-
-template <class T>
-ExpertWeights<T> expert_weights(Dims& dims, const py::dict& params) {
-  ExpertWeights<T> w;
-  w.up = dims.optional_tensor<T>(param(params, "w_up"), "params['w_up']", "E D F");
-  w.down = dims.optional_tensor<T>(param(params, "w_down"), "params['w_down']", "E F D");
-  if (!w.up || !w.down) throw py::value_error("params must contain 'w_up' and 'w_down'");
-  w.gate = dims.optional_tensor<T>(param(params, "w_gate"), "params['w_gate']", "E D F");
-  w.gate_bias = dims.optional_matrix<T>(param(params, "b_gate"), "params['b_gate']", "E F");
-  w.up_bias = dims.optional_matrix<T>(param(params, "b_up"), "params['b_up']", "E F");
-  w.down_bias = dims.optional_matrix<T>(param(params, "b_down"), "params['b_down']", "E D");
-  const bool biased = static_cast<bool>(w.up_bias);
-  if (static_cast<bool>(w.down_bias) != biased || static_cast<bool>(w.gate_bias) != (biased && w.glu())) {
-    throw py::value_error("params must contain all of the experts' biases or none of them");
-  }
-  return w;
 }
 
 // A zeroed array shaped like params[name].  np.zeros (unlike zeros_like) gets untouched zero pages from the system, so

@@ -27,6 +27,8 @@ RouterOptions make_options(Index top_k, const std::string& score, const std::str
                                            {{"top2_sum", GroupScore::top2_sum}, {"max", GroupScore::max}})};
 }
 
+}  // namespace
+
 void check_options(const RouterOptions& o, Index num_experts) {
   const bool groups = o.num_groups >= 1 && num_experts % o.num_groups == 0 && o.groups_kept >= 1 &&
                       o.groups_kept <= o.num_groups;
@@ -34,6 +36,8 @@ void check_options(const RouterOptions& o, Index num_experts) {
     throw py::value_error("router options do not fit logits with " + std::to_string(num_experts) + " experts");
   }
 }
+
+namespace {
 
 py::array router_logits(const py::array& x_, const py::array& w_, const py::object& b_) {
   return with_dtype(x_, [&]<class T>() -> py::array {

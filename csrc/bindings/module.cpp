@@ -9,6 +9,7 @@ void bind_router(py::module_& m);
 void bind_dispatch(py::module_& m);
 void bind_experts(py::module_& m);
 void bind_losses(py::module_& m);
+void bind_packed(py::module_& m);
 void bind_probes(py::module_& m);
 
 namespace {
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_core, m) {
   bindings::bind_dispatch(m);
   bindings::bind_experts(m);
   bindings::bind_losses(m);
+  bindings::bind_packed(m);
   bindings::bind_probes(m);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, bindings::py::arg("n"));

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "numoe/matmul.h"
+#include "numoe/packed.h"
 #include "numoe/packing.h"
 #include "numoe/parallel.h"
 
@@ -36,10 +37,10 @@ std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index n
 template <class T>
 class Pipeline {
  public:
-  Pipeline(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights,
-           const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined)
-      : x_(x), dispatch_(dispatch), w_(experts), options_(options), combined_(combined), D_(experts.d_model()),
-        F_(experts.d_ff()), W_(kernel_.tile_cols), row_weight_(weights ? dispatch.num_rows() : 0) {
+  Pipeline(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
+           const ExpertOptions& options, bool combined)
+      : x_(x), dispatch_(dispatch), options_(options), combined_(combined), D_(d_model), F_(d_ff),
+        W_(kernel_.tile_cols), row_weight_(weights ? dispatch.num_rows() : 0) {
     for (Index r = 0; r < row_weight_.size(); ++r) {
       row_weight_[r] = weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]];
     }
@@ -93,7 +94,6 @@ class Pipeline {
 
   MatrixView<const T> x_;
   const DispatchView& dispatch_;
-  const ExpertWeights<T>& w_;
   ExpertOptions options_;
   bool combined_;
   const Kernels<T>& kernel_ = kernels<T>();
@@ -108,18 +108,99 @@ void add_bias(const T* bias, Index cols, Index rows, T* tile, Index stride) {
   }
 }
 
-// Packed panels of up to two weight matrices, for one block of columns.
+// One panel of weights, wide (the type of the arithmetic) or narrow (bfloat16).
 template <class T>
-struct Panels {
-  const T* first = nullptr;
-  const T* second = nullptr;
+struct Panel {
+  const T* wide = nullptr;
+  const bfloat16* narrow = nullptr;
+};
+template <class T>
+struct UpPanels {
+  Panel<T> first;  // w_gate, or w_up of plain MLP experts
+  Panel<T> second;  // w_up
 };
 
+// Panels packed on the fly from row-major weights that their owner may change between calls.  A task packs the columns
+// it is about to multiply by, once, whatever the number of rows.
 template <class T>
+class PanelsOnTheFly {
+ public:
+  explicit PanelsOnTheFly(const ExpertWeights<T>& weights) : w_(weights) {}
+
+  bool glu() const { return w_.glu(); }
+  Index up_block(Index tasks) const { return column_block<T>(2 * w_.d_model(), w_.d_ff(), W_, tasks); }
+  Index down_block(Index tasks) const { return column_block<T>(w_.d_ff(), w_.d_model(), W_, tasks); }
+
+  void begin_up(Index e, Index col, Index cols) {
+    const Index size = num_panels(cols, W_) * W_ * w_.d_model();
+    up_ = scratch<T, 0>(2 * size);
+    pack_panels(operand(glu() ? w_.gate[e] : w_.up[e]), w_.d_model(), col, cols, W_, up_);
+    if (glu()) pack_panels(operand(w_.up[e]), w_.d_model(), col, cols, W_, up_ + size);
+    second_ = up_ + size;
+  }
+  // Columns [begin + j, begin + j + W) of the block begun last, to be multiplied by `rows` rows.
+  UpPanels<T> up(Index, Index, Index j, Index) const { return {{up_ + j * w_.d_model()}, {second_ + j * w_.d_model()}}; }
+
+  void begin_down(Index e, Index col, Index cols) {
+    down_ = scratch<T, 0>(num_panels(cols, W_) * W_ * w_.d_ff());
+    pack_panels(operand(w_.down[e]), w_.d_ff(), col, cols, W_, down_);
+  }
+  Panel<T> down(Index, Index, Index j, Index) const { return {down_ + j * w_.d_ff()}; }
+
+ private:
+  const ExpertWeights<T>& w_;
+  Index W_ = kernels<T>().tile_cols;
+  T* up_ = nullptr;
+  T* second_ = nullptr;
+  T* down_ = nullptr;
+};
+
+// Panels that are there already.  bfloat16 ones are widened in registers for few rows, once per panel for many.
+template <class T, class S>
+class PanelsInPlace {
+ public:
+  explicit PanelsInPlace(const PackedExperts<S>& weights) : w_(weights) {}
+
+  bool glu() const { return w_.glu(); }
+  Index up_block(Index tasks) const { return shared_block(w_.d_ff(), tasks); }
+  Index down_block(Index tasks) const { return shared_block(w_.d_model(), tasks); }
+
+  void begin_up(Index, Index, Index) {}
+  UpPanels<T> up(Index e, Index col, Index j, Index rows) const {
+    const S* first = w_.up(e, col + j);
+    if (!glu()) return {widened(first, w_.d_model(), rows, 0), {}};
+    return {widened(first, w_.d_model(), rows, 0), widened(first + w_.gate_to_up(), w_.d_model(), rows, 1)};
+  }
+  void begin_down(Index, Index, Index) {}
+  Panel<T> down(Index e, Index col, Index j, Index rows) const {
+    return widened(w_.down(e, col + j), w_.d_ff(), rows, 0);
+  }
+
+ private:
+  Index shared_block(Index cols, Index tasks) const { return std::max(W_, (cols / tasks + W_ - 1) / W_ * W_); }
+
+  Panel<T> widened(const S* panel, Index depth, Index rows, Index which) const {
+    if constexpr (std::is_same_v<S, T>) {
+      return {panel};
+    } else {
+      if (rows <= 2 * kernels<T>().tile_rows) return {nullptr, panel};  // widening twice costs less than a pass
+      T* wide = scratch<T, 0>(2 * depth * W_) + which * depth * W_;
+      kernels<T>().widen_panel(depth, panel, wide);
+      return {wide};
+    }
+  }
+
+  const PackedExperts<S>& w_;
+  Index W_ = kernels<T>().tile_cols;
+};
+
+template <class T, class Panels>
 class Forward : Pipeline<T> {
  public:
   using Base = Pipeline<T>;
-  using Base::Base;
+  Forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
+          const ExpertOptions& options, bool combined, Panels panels, ExpertBiases<T> bias)
+      : Base(x, dispatch, weights, d_model, d_ff, options, combined), panels_(panels), bias_(bias) {}
 
   void run(ExpertCache<T> cache, MatrixView<T> result) {
     if (combined_) clear(result);
@@ -133,7 +214,7 @@ class Forward : Pipeline<T> {
   }
 
  private:
-  using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::w_, Base::kernel_, Base::options_;
+  using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
   using Base::rows_of, Base::start, Base::tiles, Base::tokens;
 
   static void clear(MatrixView<T> y) {
@@ -143,84 +224,87 @@ class Forward : Pipeline<T> {
   }
 
   // hidden = act(inputs · w_gate + b_gate) * (inputs · w_up + b_up), stored as row tiles for the next product
-  void up(const ExpertRange& range, const T* inputs, ExpertCache<T> cache, T* hidden) {
-    const Index block = column_block<T>(2 * D_, F_, W_, num_threads());
+  void up(const ExpertRange& range, const T* inputs, ExpertCache<T> cache, T* hidden) const {
+    const Index block = panels_.up_block(num_threads());
     this->for_pieces(range, [&](Index) { return (F_ + block - 1) / block; }, [&](Index e, Index piece) {
       const Index col = piece * block, cols = std::min(block, F_ - col);
-      const Panels<T> panels = pack_up(e, col, cols);
+      Panels panels = panels_;  // a task's own: it remembers what was begun
+      panels.begin_up(e, col, cols);
       for (Index j = 0; j < cols; j += W_) {
+        const UpPanels<T> weights = panels.up(e, col, j, dispatch_.rows(e));
         for (Index i = 0; i < tiles(e).count(); ++i) {
-          up_tile(e, i, col + j, std::min(W_, cols - j), {panels.first + j * D_, panels.second + j * D_},
-                  inputs + start(range, e, D_), cache, hidden + start(range, e, F_));
+          up_tile(e, i, col + j, std::min(W_, cols - j), weights, inputs + start(range, e, D_), cache,
+                  hidden + start(range, e, F_));
         }
       }
     });
   }
 
-  // first: panels of w_gate (w_up for plain MLPs), second: panels of w_up
-  Panels<T> pack_up(Index e, Index col, Index cols) {
-    const Index size = num_panels(cols, W_) * W_ * D_;
-    T* panels = scratch<T, 0>(2 * size);
-    pack_panels(operand(w_.glu() ? w_.gate[e] : w_.up[e]), D_, col, cols, W_, panels);
-    if (w_.glu()) pack_panels(operand(w_.up[e]), D_, col, cols, W_, panels + size);
-    return {panels, panels + size};
-  }
-
-  void up_tile(Index e, Index i, Index col, Index cols, Panels<T> panels, const T* inputs, ExpertCache<T> cache,
-               T* hidden) {
+  void up_tile(Index e, Index i, Index col, Index cols, const UpPanels<T>& weights, const T* inputs,
+               ExpertCache<T> cache, T* hidden) const {
+    const bool glu = panels_.glu();
     const RowTiles t = tiles(e);
     const Index row = t.begin(i), height = t.height(i);
     T* pre = scratch<T, 1>(3 * kernel_.tile_rows * W_);
     T* linear = pre + kernel_.tile_rows * W_;
     T* h = linear + kernel_.tile_rows * W_;
-    project(e, col, cols, height, panels.first, inputs + row * D_, w_.glu() ? w_.gate_bias : w_.up_bias, pre);
-    keep(w_.glu() ? cache.gate : cache.up, dispatch_.begin(e) + row, height, col, cols, pre);
-    if (w_.glu()) {
-      project(e, col, cols, height, panels.second, inputs + row * D_, w_.up_bias, linear);
-      keep(cache.up, dispatch_.begin(e) + row, height, col, cols, linear);
+    product(D_, height, inputs + row * D_, weights.first, pre);
+    finish(e, col, cols, row, height, glu ? bias_.gate : bias_.up, glu ? cache.gate : cache.up, pre);
+    if (glu) {
+      product(D_, height, inputs + row * D_, weights.second, linear);
+      finish(e, col, cols, row, height, bias_.up, cache.up, linear);
     }
-    kernel_.activate(options_.activation, height * W_, pre, w_.glu() ? linear : nullptr, h);
+    kernel_.activate(options_.activation, height * W_, pre, glu ? linear : nullptr, h);
     T* packed = hidden + row * F_ + col * height;  // [k][height], k = column of hidden
     for (Index j = 0; j < cols; ++j) {
       for (Index r = 0; r < height; ++r) packed[j * height + r] = h[r * W_ + j];
     }
   }
 
-  void project(Index e, Index col, Index cols, Index height, const T* panel, const T* inputs,
-               MatrixView<const T> bias, T* tile) {
-    kernel_.tile(D_, height, inputs, panel, tile, W_, false);
-    if (bias) add_bias(bias.row(e) + col, cols, height, tile, W_);
+  void product(Index depth, Index height, const T* rows, const Panel<T>& panel, T* tile) const {
+    if (panel.wide) {
+      kernel_.tile(depth, height, rows, panel.wide, tile, W_, false);
+    } else {
+      kernel_.tile_bf16(depth, height, rows, panel.narrow, tile, W_);
+    }
   }
 
-  void keep(MatrixView<T> cache, Index row, Index height, Index col, Index cols, const T* tile) {
+  // Adds the bias to a tile of rows before the activation, and keeps it for the backward if there is a cache.
+  void finish(Index e, Index col, Index cols, Index row, Index height, MatrixView<const T> bias, MatrixView<T> cache,
+              T* tile) const {
+    if (bias) add_bias(bias.row(e) + col, cols, height, tile, W_);
     if (!cache) return;
-    for (Index r = 0; r < height; ++r) std::copy_n(tile + r * W_, cols, cache.row(row + r) + col);
+    for (Index r = 0; r < height; ++r) {
+      std::copy_n(tile + r * W_, cols, cache.row(dispatch_.begin(e) + row + r) + col);
+    }
   }
 
   // result (+)= weight * (hidden · w_down + b_down); a task owns its columns and takes the experts in order
-  void down(const ExpertRange& range, const T* hidden, MatrixView<T> result) {
-    const Index block = column_block<T>(F_, D_, W_, 2 * num_threads());
+  void down(const ExpertRange& range, const T* hidden, MatrixView<T> result) const {
+    const Index block = panels_.down_block(2 * num_threads());
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
-      T* panels = scratch<T, 0>(num_panels(cols, W_) * W_ * F_);
+      Panels panels = panels_;
       for (Index e = range.begin; e < range.end; ++e) {
         if (dispatch_.rows(e) == 0) continue;
-        pack_panels(operand(w_.down[e]), F_, col, cols, W_, panels);
+        panels.begin_down(e, col, cols);
         for (Index j = 0; j < cols; j += W_) {
+          const Panel<T> weights = panels.down(e, col, j, dispatch_.rows(e));
           for (Index i = 0; i < tiles(e).count(); ++i) {
-            down_tile(e, i, col + j, std::min(W_, cols - j), panels + j * F_, hidden + start(range, e, F_), result);
+            down_tile(e, i, col + j, std::min(W_, cols - j), weights, hidden + start(range, e, F_), result);
           }
         }
       }
     });
   }
 
-  void down_tile(Index e, Index i, Index col, Index cols, const T* panel, const T* hidden, MatrixView<T> result) {
+  void down_tile(Index e, Index i, Index col, Index cols, const Panel<T>& weights, const T* hidden,
+                 MatrixView<T> result) const {
     const RowTiles t = tiles(e);
     const Index row = t.begin(i), height = t.height(i);
     T* tile = scratch<T, 1>(kernel_.tile_rows * W_);
-    kernel_.tile(F_, height, hidden + row * F_, panel, tile, W_, false);
-    if (w_.down_bias) add_bias(w_.down_bias.row(e) + col, cols, height, tile, W_);
+    product(F_, height, hidden + row * F_, weights, tile);
+    if (bias_.down) add_bias(bias_.down.row(e) + col, cols, height, tile, W_);
     for (Index r = 0; r < height; ++r) {
       if (combined_) {
         const T weight = this->weight_on(WeightOn::output) ? this->weights_of_rows(e)[row + r] : T(1);
@@ -230,6 +314,9 @@ class Forward : Pipeline<T> {
       }
     }
   }
+
+  Panels panels_;
+  ExpertBiases<T> bias_;
 };
 
 // Backward.  For one expert, with a = act(gate), h = a * up, out = h · w_down + b_down, y += weight * out:
@@ -247,7 +334,8 @@ class Backward : Pipeline<T> {
   Backward(MatrixView<const T> dresult, MatrixView<const T> x, const DispatchView& dispatch,
            MatrixView<const T> weights, const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined,
            ExpertCache<const T> cache, const ExpertGrads<T>& grads)
-      : Base(x, dispatch, weights, experts, options, combined), dy_(dresult), cache_(cache), grads_(grads) {}
+      : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined), w_(experts), dy_(dresult),
+        cache_(cache), grads_(grads) {}
 
   void run() {
     std::fill_n(grads_.x.data, grads_.x.rows * grads_.x.cols, T(0));
@@ -265,7 +353,7 @@ class Backward : Pipeline<T> {
   }
 
  private:
-  using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::w_, Base::kernel_, Base::options_;
+  using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
   using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_;
 
   // dy of expert e's rows: gathered by token, or already one row each.
@@ -405,8 +493,11 @@ class Backward : Pipeline<T> {
     if (weighted) input_weight_gradients(range, dinput.data());
   }
 
-  // rows: packed dgate (or null) and dup of expert e
-  void up_backward_block(Index e, Index col, Index cols, Panels<T> rows, T* dinput) {
+  struct UpRows {
+    const T* first;   // packed dgate, or null
+    const T* second;  // packed dup
+  };
+  void up_backward_block(Index e, Index col, Index cols, UpRows rows, T* dinput) {
     const Index size = num_panels(cols, W_) * W_ * F_;
     T* panels = scratch<T, 0>(2 * size);
     T* tile = scratch<T, 1>(kernel_.tile_rows * W_);
@@ -440,6 +531,7 @@ class Backward : Pipeline<T> {
     });
   }
 
+  const ExpertWeights<T>& w_;
   MatrixView<const T> dy_;
   ExpertCache<const T> cache_;
   const ExpertGrads<T>& grads_;
@@ -451,7 +543,19 @@ template <class T>
 void experts_forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights,
                      const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined,
                      ExpertCache<T> cache, MatrixView<T> result) {
-  Forward<T>(x, dispatch, weights, experts, options, combined).run(cache, result);
+  Forward<T, PanelsOnTheFly<T>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined,
+                                PanelsOnTheFly<T>(experts), {experts.gate_bias, experts.up_bias, experts.down_bias})
+      .run(cache, result);
+}
+
+template <class S>
+void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch,
+                     MatrixView<const Compute<S>> weights, const PackedExperts<S>& experts,
+                     const ExpertBiases<Compute<S>>& biases, const ExpertOptions& options, MatrixView<Compute<S>> y) {
+  using T = Compute<S>;
+  Forward<T, PanelsInPlace<T, S>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, true,
+                                  PanelsInPlace<T, S>(experts), biases)
+      .run({}, y);
 }
 
 template <class T>
@@ -470,5 +574,13 @@ void experts_backward(MatrixView<const T> dresult, MatrixView<const T> x, const 
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)
 #undef NUMOE_INSTANTIATE
+#define NUMOE_INSTANTIATE_PACKED(S)                                                                           \
+  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>, \
+                                const PackedExperts<S>&, const ExpertBiases<Compute<S>>&, const ExpertOptions&, \
+                                MatrixView<Compute<S>>);
+NUMOE_INSTANTIATE_PACKED(float)
+NUMOE_INSTANTIATE_PACKED(double)
+NUMOE_INSTANTIATE_PACKED(bfloat16)
+#undef NUMOE_INSTANTIATE_PACKED
 
 }  // namespace numoe

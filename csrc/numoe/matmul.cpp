@@ -29,6 +29,17 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, Index tile_begin
 }
 
 template <class T>
+void multiply_packed(const Operand<T>& a, const T* b_panels, Index depth, MatrixView<T> c) {
+  constexpr Index tiles_per_task = 4;
+  const RowTiles tiles{c.rows, kernels<T>().tile_rows};
+  if (c.rows == 0 || c.cols == 0) return;
+  parallel_for((tiles.count() + tiles_per_task - 1) / tiles_per_task, [&](Index task) {
+    const Index begin = task * tiles_per_task, end = std::min(begin + tiles_per_task, tiles.count());
+    multiply_tiles(a, tiles, begin, end, depth, b_panels, c);
+  });
+}
+
+template <class T>
 void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T> c) {
   constexpr Index tiles_per_task = 16;  // enough rows to pay for packing b again, few enough to share out
   const Index width = kernels<T>().tile_cols;
@@ -49,6 +60,8 @@ void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T>
 
 template void matmul(const Operand<float>&, const Operand<float>&, Index, MatrixView<float>);
 template void matmul(const Operand<double>&, const Operand<double>&, Index, MatrixView<double>);
+template void multiply_packed(const Operand<float>&, const float*, Index, MatrixView<float>);
+template void multiply_packed(const Operand<double>&, const double*, Index, MatrixView<double>);
 template void multiply_tiles(const Operand<float>&, const RowTiles&, Index, Index, Index, const float*,
                              MatrixView<float>);
 template void multiply_tiles(const Operand<double>&, const RowTiles&, Index, Index, Index, const double*,

@@ -11,6 +11,10 @@ namespace numoe {
 template <class T>
 void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T> c);
 
+// The same with all panels of b packed already.
+template <class T>
+void multiply_packed(const Operand<T>& a, const T* b_panels, Index depth, MatrixView<T> c);
+
 // The serial part of a product whose b is packed: rows [tile_begin, tile_end) of `tiles` times all panels → c.
 template <class T>
 void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, Index tile_begin, Index tile_end, Index depth,
@@ -18,6 +22,8 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, Index tile_begin
 
 extern template void matmul(const Operand<float>&, const Operand<float>&, Index, MatrixView<float>);
 extern template void matmul(const Operand<double>&, const Operand<double>&, Index, MatrixView<double>);
+extern template void multiply_packed(const Operand<float>&, const float*, Index, MatrixView<float>);
+extern template void multiply_packed(const Operand<double>&, const double*, Index, MatrixView<double>);
 extern template void multiply_tiles(const Operand<float>&, const RowTiles&, Index, Index, Index, const float*,
                                     MatrixView<float>);
 extern template void multiply_tiles(const Operand<double>&, const RowTiles&, Index, Index, Index, const double*,

@@ -70,6 +70,10 @@ void pack_tile(const Operand<T>& a, Index row, Index height, Index depth, T* pac
   }
 }
 
+// Panels of bfloat16 weights pair the k's: [depth/2][width][2], an odd depth padded with 0; 32 bits per lane, like
+// float32, so that one tile shape serves both.
+inline Index panel_size(Index depth, Index width, bool bf16) { return (bf16 ? (depth + 1) / 2 * 2 : depth) * width; }
+
 inline Index num_panels(Index cols, Index width) { return (cols + width - 1) / width; }
 
 // Columns [col, col + cols) of b, all `depth` rows → panels [depth][width].  No product of the layer scales its b.
@@ -98,6 +102,19 @@ void pack_panels(const Operand<T>& b, Index depth, Index col, Index cols, Index 
   }
 }
 
+// float32 or bfloat16 numbers → one bfloat16 panel.
+inline bfloat16 to_bfloat16(float v) { return round_to_bfloat16(v); }
+inline bfloat16 to_bfloat16(bfloat16 v) { return v; }
+template <class S>
+void pack_bf16_panel(MatrixView<const S> b, Index col, Index width, bfloat16* packed) {
+  const Index valid = std::min(width, b.cols - col);
+  for (Index k = 0; k < (b.rows + 1) / 2 * 2; ++k) {
+    bfloat16* target = packed + k / 2 * 2 * width + k % 2;
+    for (Index j = 0; j < width; ++j) {
+      target[2 * j] = k < b.rows && j < valid ? to_bfloat16(b(k, col + j)) : bfloat16{0};
+    }
+  }
+}
 // How many columns of a (depth, cols) operand one task packs at a time: what fits into half of a second-level cache,
 // and few enough that `tasks` tasks have work.  The choice never changes a result, only who computes it.
 template <class T>

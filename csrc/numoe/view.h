@@ -2,6 +2,7 @@
 // Letters (T tokens, D d_model, F d_ff, E experts, K choices, M dispatched rows) are those of the README's legend.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -14,6 +15,20 @@ namespace numoe {
 
 using Index = std::ptrdiff_t;
 static_assert(sizeof(Index) == 8, "numoe needs a 64-bit platform");
+
+// The upper half of a float32.  Storage only: numoe computes in float32.
+struct bfloat16 {
+  std::uint16_t bits;
+};
+inline float widen(bfloat16 value) { return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16); }
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+// Round to nearest, ties to even; NaN stays NaN (quiet), overflow becomes inf.
+inline bfloat16 round_to_bfloat16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if (value != value) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
 
 // rows × cols numbers; row i starts at data + i * stride.
 template <class T>

@@ -26,6 +26,7 @@ from numoe.config import DispatchConfig, ExpertConfig, MoEConfig, RouterConfig, 
 from numoe.experts import ExpertCache, experts_backward, experts_forward
 from numoe.info import show_versions
 from numoe.layer import LossTerm, MoEGrads, MoELayer, MoEOutput
+from numoe.packed import PackedMoELayer
 from numoe.routing import (
     Dispatch,
     Routing,
@@ -54,6 +55,7 @@ __all__ = [
     "MoELayer",
     "MoEOutput",
     "RouterConfig",
+    "PackedMoELayer",
     "Routing",
     "SharedExpertConfig",
     "combine",

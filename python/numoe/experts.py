@@ -30,7 +30,7 @@ class ExpertCache:
     up: FloatArray | None
 
 
-def _options(config: ExpertConfig) -> _core.ExpertOptions:
+def expert_options(config: ExpertConfig) -> _core.ExpertOptions:
     check_config(config, ExpertConfig, "experts")
     return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
 
@@ -98,7 +98,7 @@ def experts_forward(
     True
     """
     x = as_float(x, "x", ndim=2)
-    options = _options(config)
+    options = expert_options(config)
     if weights is not None:
         weights = as_float(weights, "weights", x.dtype, ndim=2)
     if not combined and config.weight_on == "output":
@@ -170,7 +170,7 @@ def experts_backward(
         plan.top_k,
         weights,
         _of_experts(params, x.dtype),
-        _options(config),
+        expert_options(config),
         combined,
         cache.gate,
         cache.up,

@@ -24,6 +24,7 @@ from numoe._steps import (
     run_shared,
 )
 from numoe.config import MoEConfig
+from numoe.packed import PackedMoELayer
 from numoe.routing import (
     Dispatch,
     Routing,
@@ -486,6 +487,23 @@ class MoELayer:
             )
         if isinstance(x, np.ndarray) and np.shares_memory(out, x):
             raise ValueError("out overlaps x; pass another array.")
+
+    def pack(self, dtype: str | None = None) -> PackedMoELayer:
+        """A copy for inference whose weights lie as the kernels read them; see `PackedMoELayer`.
+
+        Parameters
+        ----------
+        dtype : {"float32", "bfloat16", "float64"}, optional
+            How the experts' weights are stored; default: the layer's own dtype.
+
+        Examples
+        --------
+        >>> import numoe
+        >>> numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0).pack("bfloat16").dtype
+        'bfloat16'
+        """
+        self._check_params()
+        return PackedMoELayer(self, self._config.dtype if dtype is None else dtype)
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -163,7 +163,7 @@ def router_logits_backward(dlogits: Any, x: Any, w_router: Any) -> tuple[FloatAr
     return dx, dw, dlogits.sum(axis=0)
 
 
-def _router_options(config: RouterConfig) -> _core.RouterOptions:
+def router_options(config: RouterConfig) -> _core.RouterOptions:
     check_config(config, RouterConfig, "router")
     return _core.RouterOptions(
         top_k=config.top_k,
@@ -225,7 +225,7 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
             raise ValueError(f"choice_bias must be finite; entry {int(np.argmin(np.isfinite(choice_bias)))} is not.")
     if mask is not None:
         mask = as_mask(mask, len(z))
-    indices, weights = _core.route(z, _router_options(config), choice_bias, mask)
+    indices, weights = _core.route(z, router_options(config), choice_bias, mask)
     return Routing(indices=indices, weights=weights, logits=z, mask=mask)
 
 
@@ -258,7 +258,7 @@ def route_backward(dweights: Any, routing: Routing, config: RouterConfig) -> Flo
     if routing.logits is None:
         raise ValueError("routing has no logits: it came from outside, so there is nothing to differentiate.")
     dweights = as_float(dweights, "dweights", routing.logits.dtype, ndim=2)
-    return _core.route_backward(routing.logits, routing.indices, dweights, _router_options(config))
+    return _core.route_backward(routing.logits, routing.indices, dweights, router_options(config))
 
 
 # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -151,7 +151,12 @@ T dot(Index n, const T* a, const T* b) {
 // The whole table of one target: N lanes per vector register, tiles of R rows.
 template <class T, int N, int R>
 constexpr Kernels<T> make_kernels() {
-  return {R, 2 * N, Tile<T, N, R>::run, activate<T, N>, activate_backward<T, N>, axpy<T, N>, dot<T, N>};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {R, 2 * N, Tile<T, N, R>::run, Tile<T, N, R>::run_bf16, widen_panel<N>, activate<T, N>,
+            activate_backward<T, N>, axpy<T, N>, dot<T, N>};
+  }
+  return {R, 2 * N, Tile<T, N, R>::run, nullptr, nullptr, activate<T, N>, activate_backward<T, N>,
+          axpy<T, N>, dot<T, N>};
 }
 
 }  // namespace

@@ -20,6 +20,13 @@ struct Kernels {
   // a is packed [depth][rows], b [depth][W]; row r of c starts at c + r * c_stride.
   void (*tile)(Index depth, Index rows, const T* a, const T* b, T* c, Index c_stride, bool accumulate);
 
+  // The same with bfloat16 weights, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
+  // an odd depth paired with 0.  Absent for double.
+  void (*tile_bf16)(Index depth, Index rows, const T* a, const bfloat16* b, T* c, Index c_stride);
+
+  // A bfloat16 panel [depth/2][W][2] → the panel [depth][W] of the same numbers.  Absent for double.
+  void (*widen_panel)(Index depth, const bfloat16* narrow, T* wide);
+
   // h = act(pre) * linear; linear == nullptr: h = act(pre).
   void (*activate)(Activation, Index n, const T* pre, const T* linear, T* h);
   // The adjoint, and h again: dpre = dh * act'(pre) * linear, dlinear = dh * act(pre).  dh may be one of the outputs.

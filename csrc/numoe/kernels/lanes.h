@@ -53,6 +53,14 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+template <class To, class From>
+inline To reinterpret(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To w;
+  __builtin_memcpy(&w, &v, sizeof w);
+  return w;
+}
+
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
 // eˣ to about 1 ulp; 0 below exp_min (results there would be subnormal), inf above exp_max, NaN for NaN.

@@ -1,0 +1,96 @@
+#include "bindings/dispatch_arrays.h"
+#include "bindings/expert_weights.h"
+#include "numoe/layer.h"
+
+namespace numoe::bindings {
+
+void check_options(const RouterOptions& options, Index num_experts);
+
+namespace {
+
+template <class S>
+PackedLayer<S> make_layer(const py::dict& params, const py::object& choice_bias_, const RouterOptions& router,
+                          const ExpertOptions& options, const py::object& shared_params,
+                          const ExpertOptions& shared_options) {
+  using T = Compute<S>;
+  Dims dims;
+  const auto w_router = dims.optional_matrix<T>(param(params, "w_router"), "params['w_router']", "D E");
+  const auto b_router = dims.optional_vector<T>(param(params, "b_router"), "params['b_router']", "E");
+  const auto choice_bias = dims.optional_vector<T>(choice_bias_, "choice_bias", "E");
+  const auto routed = expert_weights<T>(dims, params);
+  if (!w_router) throw py::value_error("params must contain 'w_router'");
+  check_options(router, dims["E"]);
+  ExpertWeights<T> shared{};
+  std::span<const T> score;
+  if (!shared_params.is_none()) {
+    Dims shared_dims;
+    shared_dims.bind("D", dims["D"]);
+    const auto dict = shared_params.cast<py::dict>();
+    shared = expert_weights<T>(shared_dims, dict);
+    score = shared_dims.optional_vector<T>(param(dict, "score"), "w_shared_score", "D");
+  }
+  py::gil_scoped_release nogil;
+  std::optional<PackedBranch<S>> packed_shared;
+  if (shared.up) packed_shared.emplace(shared, shared_options);
+  return PackedLayer<S>(w_router, b_router, choice_bias, router, PackedBranch<S>(routed, options),
+                        std::move(packed_shared), score);
+}
+
+template <class S>
+py::array forward(const PackedLayer<S>& layer, const py::array& x_) {
+  using T = Compute<S>;
+  Dims dims;
+  dims.bind("D", layer.d_model());
+  auto x = dims.matrix<T>(x_, "x", "T D");
+  auto y = dims.empty<T>("T D");
+  auto view = y.matrix();
+  {
+    py::gil_scoped_release nogil;
+    layer.forward(x, view);
+  }
+  return y.array;
+}
+
+// The routed experts alone, for a dispatch made outside.
+template <class S>
+py::array experts(const PackedLayer<S>& layer, const py::array& x_, const py::array& offset_,
+                  const py::array& row_token_, const py::array& row_assignment_, Index top_k,
+                  const py::object& weights_) {
+  using T = Compute<S>;
+  Dims dims;
+  dims.bind("D", layer.d_model());
+  dims.bind("E", layer.num_experts());
+  dims.bind("K", top_k);
+  auto x = dims.matrix<T>(x_, "x", "T D");
+  const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
+  auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
+  auto y = dims.empty<T>("T D");
+  auto view = y.matrix();
+  {
+    py::gil_scoped_release nogil;
+    layer.routed().forward(x, dispatch, weights, view);
+  }
+  return y.array;
+}
+
+template <class S>
+void bind_packed_layer(py::module_& m, const char* name) {
+  using Layer = PackedLayer<S>;
+  py::class_<Layer>(m, name)
+      .def(py::init(&make_layer<S>), py::arg("params"), py::arg("choice_bias"), py::arg("router"), py::arg("options"),
+           py::arg("shared_params"), py::arg("shared_options"))
+      .def("forward", &forward<S>, py::arg("x"))
+      .def("experts", &experts<S>, py::arg("x"), py::arg("offsets"), py::arg("row_token"), py::arg("row_assignment"),
+           py::arg("top_k"), py::arg("weights"))
+      .def_property_readonly("nbytes", &Layer::bytes);
+}
+
+}  // namespace
+
+void bind_packed(py::module_& m) {
+  bind_packed_layer<float>(m, "PackedLayerFloat32");
+  bind_packed_layer<double>(m, "PackedLayerFloat64");
+  bind_packed_layer<bfloat16>(m, "PackedLayerBfloat16");
+}
+
+}  // namespace numoe::bindings

@@ -1,0 +1,32 @@
+// The experts' parameters of a Python dict as views.
+#pragma once
+
+#include "bindings/arrays.h"
+#include "bindings/options.h"
+#include "numoe/experts.h"
+
+namespace numoe::bindings {
+
+// params[name], or None.
+inline py::object param(const py::dict& params, const char* name) {
+  return params.contains(name) ? py::object(params[name]) : py::none();
+}
+
+template <class T>
+ExpertWeights<T> expert_weights(Dims& dims, const py::dict& params) {
+  ExpertWeights<T> w;
+  w.up = dims.optional_tensor<T>(param(params, "w_up"), "params['w_up']", "E D F");
+  w.down = dims.optional_tensor<T>(param(params, "w_down"), "params['w_down']", "E F D");
+  if (!w.up || !w.down) throw py::value_error("params must contain 'w_up' and 'w_down'");
+  w.gate = dims.optional_tensor<T>(param(params, "w_gate"), "params['w_gate']", "E D F");
+  w.gate_bias = dims.optional_matrix<T>(param(params, "b_gate"), "params['b_gate']", "E F");
+  w.up_bias = dims.optional_matrix<T>(param(params, "b_up"), "params['b_up']", "E F");
+  w.down_bias = dims.optional_matrix<T>(param(params, "b_down"), "params['b_down']", "E D");
+  const bool biased = static_cast<bool>(w.up_bias);
+  if (static_cast<bool>(w.down_bias) != biased || static_cast<bool>(w.gate_bias) != (biased && w.glu())) {
+    throw py::value_error("params must contain all of the experts' biases or none of them");
+  }
+  return w;
+}
+
+}  // namespace numoe::bindings

@@ -1,0 +1,132 @@
+#include "numoe/layer.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "numoe/matmul.h"
+#include "numoe/parallel.h"
+
+namespace numoe {
+namespace {
+
+template <class T>
+MatrixView<T> matrix(std::vector<T>& buffer, Index rows, Index cols) {
+  buffer.resize(static_cast<std::size_t>(rows * cols));
+  return {buffer.data(), rows, cols, cols};
+}
+
+template <class T>
+std::vector<T> copy(MatrixView<const T> a) {
+  return a ? std::vector<T>(a.data, a.data + a.rows * a.cols) : std::vector<T>{};
+}
+
+template <class T>
+MatrixView<const T> bias_view(const std::vector<T>& bias, Index experts) {
+  if (bias.empty()) return {};
+  const Index cols = static_cast<Index>(bias.size()) / experts;
+  return {bias.data(), experts, cols, cols};
+}
+
+// The dropless plan of T tokens, in buffers that a thread keeps between calls.
+struct Plan {
+  std::vector<std::int32_t> indices, row_token, row_assignment, assignment_row;
+  std::vector<std::int64_t> offset;
+
+  DispatchView sort(Index tokens, Index choices, Index num_experts) {
+    const MatrixView<const std::int32_t> chosen{indices.data(), tokens, choices, choices};
+    offset.assign(static_cast<std::size_t>(num_experts) + 1, 0);
+    count_assignments(chosen, {}, std::span(offset).subspan(1));
+    std::partial_sum(offset.begin(), offset.end(), offset.begin());
+    row_token.resize(static_cast<std::size_t>(tokens * choices));
+    row_assignment.resize(row_token.size());
+    sort_by_expert(chosen, {}, offset, row_token, row_assignment, matrix(assignment_row, tokens, choices));
+    return {offset, row_token, row_assignment};
+  }
+};
+
+}  // namespace
+
+template <class S>
+PackedBranch<S>::PackedBranch(const ExpertWeights<T>& weights, const ExpertOptions& expert_options)
+    : experts(weights), options(expert_options), gate_bias(copy(weights.gate_bias)), up_bias(copy(weights.up_bias)),
+      down_bias(copy(weights.down_bias)) {}
+
+template <class S>
+ExpertBiases<Compute<S>> PackedBranch<S>::biases() const {
+  const Index E = experts.num_experts();
+  return {bias_view(gate_bias, E), bias_view(up_bias, E), bias_view(down_bias, E)};
+}
+
+template <class S>
+void PackedBranch<S>::forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights,
+                              MatrixView<T> y) const {
+  experts_forward(x, dispatch, weights, experts, biases(), options, y);
+}
+
+template <class S>
+PackedLayer<S>::PackedLayer(MatrixView<const T> w_router, std::span<const T> b_router, std::span<const T> choice_bias,
+                            const RouterOptions& router, PackedBranch<S> routed,
+                            std::optional<PackedBranch<S>> shared, std::span<const T> shared_score)
+    : b_router_(b_router.begin(), b_router.end()), choice_bias_(choice_bias.begin(), choice_bias.end()),
+      shared_score_(shared_score.begin(), shared_score.end()), router_(router), routed_(std::move(routed)),
+      shared_(std::move(shared)) {
+  const Index width = kernels<T>().tile_cols;
+  router_panels_.resize(static_cast<std::size_t>(num_panels(w_router.cols, width) * width * w_router.rows));
+  pack_panels(operand(w_router), w_router.rows, 0, w_router.cols, width, router_panels_.data());
+}
+
+template <class S>
+Index PackedLayer<S>::bytes() const {
+  return routed_.experts.bytes() + (shared_ ? shared_->experts.bytes() : 0) +
+         static_cast<Index>((router_panels_.size() + b_router_.size() + choice_bias_.size()) * sizeof(T));
+}
+
+template <class S>
+void PackedLayer<S>::forward(MatrixView<const T> x, MatrixView<T> y) const {
+  thread_local std::vector<T> logits_buffer, weights_buffer;
+  thread_local Plan plan;
+  const Index tokens = x.rows, choices = router_.top_k;
+  const auto logits = matrix(logits_buffer, tokens, num_experts());
+  const auto weights = matrix(weights_buffer, tokens, choices);
+  const auto indices = matrix(plan.indices, tokens, choices);
+  multiply_packed(operand(x), router_panels_.data(), x.cols, logits);
+  for (Index t = 0; t < tokens && !b_router_.empty(); ++t) {
+    for (Index e = 0; e < logits.cols; ++e) logits(t, e) += b_router_[static_cast<std::size_t>(e)];
+  }
+  route<T>(logits, choice_bias_, {}, router_, indices, weights);
+  routed_.forward(x, plan.sort(tokens, choices, num_experts()), weights, y);
+  if (shared_) add_shared(x, y);
+}
+
+// The shared expert is an MoE of one expert that every token visits, with weight sigmoid(x · score) or 1.
+template <class S>
+void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
+  thread_local std::vector<T> score_buffer, weights_buffer, y_buffer;
+  thread_local Plan plan;
+  const auto weights = matrix(weights_buffer, x.rows, 1);
+  const auto indices = matrix(plan.indices, x.rows, 1);
+  std::fill_n(indices.data, x.rows, 0);
+  MatrixView<const T> used{};
+  if (!shared_score_.empty()) {
+    const auto score = matrix(score_buffer, x.rows, 1);
+    matmul(operand(x), Operand<T>{shared_score_.data(), 1, 1}, x.cols, score);
+    const RouterOptions gate{.top_k = 1, .score = Score::sigmoid, .normalize = Normalize::none};
+    route<T>(score, {}, {}, gate, indices, weights);
+    used = weights;
+  }
+  const auto y_shared = matrix(y_buffer, y.rows, y.cols);
+  shared_->forward(x, plan.sort(x.rows, 1, 1), used, y_shared);
+  for (Index t = 0; t < y.rows; ++t) {
+    for (Index j = 0; j < y.cols; ++j) y(t, j) += y_shared(t, j);
+  }
+}
+
+template struct PackedBranch<float>;
+template struct PackedBranch<double>;
+template struct PackedBranch<bfloat16>;
+template class PackedLayer<float>;
+template class PackedLayer<double>;
+template class PackedLayer<bfloat16>;
+
+}  // namespace numoe

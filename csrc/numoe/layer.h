@@ -1,0 +1,52 @@
+// A whole layer for inference in one call: router, dispatch, packed experts, combine, shared expert.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "numoe/packed.h"
+#include "numoe/router.h"
+
+namespace numoe {
+
+// One set of packed experts with its biases.
+template <class S>
+struct PackedBranch {
+  using T = Compute<S>;
+  PackedExperts<S> experts;
+  ExpertOptions options;
+  std::vector<T> gate_bias, up_bias, down_bias;  // empty without biases
+
+  PackedBranch(const ExpertWeights<T>& weights, const ExpertOptions& expert_options);
+  ExpertBiases<T> biases() const;
+  // y (T, D) = Σ weight * expert(x)
+  void forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, MatrixView<T> y) const;
+};
+
+template <class S>
+class PackedLayer {
+ public:
+  using T = Compute<S>;
+
+  PackedLayer(MatrixView<const T> w_router, std::span<const T> b_router, std::span<const T> choice_bias,
+              const RouterOptions& router, PackedBranch<S> routed, std::optional<PackedBranch<S>> shared,
+              std::span<const T> shared_score);
+
+  Index d_model() const { return routed_.experts.d_model(); }
+  Index num_experts() const { return routed_.experts.num_experts(); }
+  Index bytes() const;
+  const PackedBranch<S>& routed() const { return routed_; }
+
+  // y (T, D) of x (T, D): nothing dropped, nothing masked.  The numbers of the unpacked layer, bit for bit for S = T.
+  void forward(MatrixView<const T> x, MatrixView<T> y) const;
+
+ private:
+  void add_shared(MatrixView<const T> x, MatrixView<T> y) const;
+
+  std::vector<T> router_panels_, b_router_, choice_bias_, shared_score_;
+  RouterOptions router_;
+  PackedBranch<S> routed_;
+  std::optional<PackedBranch<S>> shared_;
+};
+
+}  // namespace numoe
