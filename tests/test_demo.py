@@ -56,7 +56,7 @@ def test_the_corpus_is_the_same_every_time(corpus):
 
 def test_a_python_without_sources_is_told(monkeypatch):
     monkeypatch.setattr(data, "_sources", lambda: {"prose": [], "code": iter(()), "names": data._names()})
-    with pytest.raises(RuntimeError, match=r"needs text from the standard library; found only \['names'\]"):
+    with pytest.raises(data.NoTextError, match=r"needs text from the standard library; found only \['names'\]"):
         data.load_corpus()
 
 
@@ -328,3 +328,15 @@ def test_help_names_every_option(capsys):
         demo.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(option in text for option in ("--steps", "--out", "--seed"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert "the folder cannot be made" in capsys.readouterr().err
+
+
+def test_no_text_is_no_traceback(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "_sources", dict)
+    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert "the demo needs text from the standard library" in capsys.readouterr().err

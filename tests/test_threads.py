@@ -138,6 +138,8 @@ def test_child_processes_compute_the_same(method: str) -> None:
     done = python(f"""
         import warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork with threads
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
         if __name__ == "__main__":
             expected = forward_in_child(2)
             context = multiprocessing.get_context({method!r})
@@ -170,52 +172,61 @@ def test_fork_while_other_threads_compute() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# ── Ctrl-C: 0.3 s promised, and 0.3 s more for a machine on which other tests run
+# ── Ctrl-C: an answer within 0.3 s is promised.  Processor time per thread is measured, because other programs may
+# hold the processor; 0.1 s more is allowed for what the test itself does.
 
-SIGNAL = """
+CTRL_C = """
     import signal, time
-    layer = numoe.MoELayer(d_model={D}, d_ff={F}, num_experts={E}, top_k=1, rng=0)
-    x = np.random.default_rng(0).standard_normal(({T}, {D}), dtype=np.float32)
-    numoe.set_num_threads({threads})
-    out = layer.forward(x[:{T_backward}])
+    D, F, E, threads, work, backward = {sizes}
+    layer = numoe.MoELayer(d_model=D, d_ff=F, num_experts=E, top_k=1, rng=0)
+    numoe.set_num_threads(threads)
+    few = np.random.default_rng(0).standard_normal((1000, D), dtype=np.float32)
+    run = (lambda x, out: layer.backward(x, out)) if backward else (lambda x, out: {call})
+    def seconds(x):
+        out = layer.forward(x)
+        start = time.monotonic()
+        run(x, out)
+        return time.monotonic() - start
+    seconds(few)
+    x = np.resize(few, (int(1000 * work / seconds(few)), D))
+    out = layer.forward(x) if backward else None
     before = {{name: value.tobytes() for name, value in layer.params.items()}}
     sent, latencies = [0.0], []
     def press():
-        sent[0] = time.monotonic()
+        sent[0] = time.process_time()
         os.kill(os.getpid(), signal.SIGINT)
-    for delay in {delays}:
+    for delay in (0.1, 0.3, 0.5, 0.7):
         timer = threading.Timer(delay, press)
         timer.start()
-        started = time.monotonic()
         try:
-            {call}
-            print("finished after", time.monotonic() - started, "s, before the signal")
-            sys.exit(3)
+            run(x, out)
+            sys.exit("it ended before the signal")
         except KeyboardInterrupt:
-            latencies.append(time.monotonic() - sent[0])
+            latencies.append((time.process_time() - sent[0]) / threads)
         timer.join()
-    small = layer(x[:50])
     assert before == {{name: value.tobytes() for name, value in layer.params.items()}}
     twin = numoe.MoELayer(config=layer.config, rng=0)
-    assert np.array_equal(twin(x[:50]), small)
+    assert np.array_equal(twin(few), layer(few))
     print(max(latencies))
 """
 
-LONG = {
-    "forward": {"call": "layer.forward(x)", "T": 60_000, "T_backward": 1, "delays": (0.1, 0.4, 0.7)},
-    "inference": {"call": "layer(x)", "T": 60_000, "T_backward": 1, "delays": (0.2, 0.5)},
-    "backward": {"call": "layer.backward(x, out)", "T": 25_000, "T_backward": 25_000, "delays": (0.1, 0.3, 0.5, 0.7)},
-}
 
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("experts", [1, 8])
-@pytest.mark.parametrize("name", LONG)
-def test_ctrl_c(name: str, experts: int, threads: int) -> None:
-    sizes = {"D": 256, "F": 768, "E": experts, "threads": threads}
-    done = python(SIGNAL.format(**(LONG[name] | sizes)))
+@pytest.mark.parametrize(
+    ("call", "experts", "threads", "work"),
+    [
+        pytest.param("layer.forward(x)", 1, 1, 1.6, id="forward, one expert"),
+        pytest.param("layer(x)", 8, 2, 1.6, id="inference"),
+        pytest.param("backward", 8, 1, 1.6, id="backward"),
+        pytest.param("backward", 1, 2, 8.0, id="long backward, one expert"),
+    ],
+)
+def test_ctrl_c(call: str, experts: int, threads: int, work: float) -> None:
+    """`work` is how many seconds the call would take."""
+    sizes = (256, 768, experts, threads, work, call == "backward")
+    code = CTRL_C.format(sizes=sizes, call=call if call != "backward" else "None")
+    done = python(code, NUMOE_TARGET="portable")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert float(done.stdout) < 0.3 + 0.3
+    assert float(done.stdout) < 0.3 + 0.1
 
 
 def test_an_exception_of_another_signal_comes_through() -> None:
@@ -233,19 +244,27 @@ def test_an_exception_of_another_signal_comes_through() -> None:
     assert done.stdout == "rang (2, 256)\n", done.stderr
 
 
-def test_a_handler_may_use_the_library() -> None:
-    done = python("""
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [16, 600])
+def test_a_handler_may_use_the_library(width: int, threads: int) -> None:
+    """The handler's call runs in the middle of another one on the same thread: they may not share memory."""
+    done = python(f"""
         import signal
-        small, seen = make(), []
-        signal.signal(signal.SIGALRM, lambda *_: seen.append(small(tokens(1)).tobytes()))
+        numoe.set_num_threads({threads})
+        inner = numoe.MoELayer(d_model={width}, d_ff={width}, num_experts=4, top_k=2, rng=1)
         layer = numoe.MoELayer(d_model=256, d_ff=512, num_experts=8, top_k=1, rng=0)
-        x = np.random.default_rng(0).standard_normal((10_000, 256), dtype=np.float32)
-        expected = layer(x)
-        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
-        y = layer(x)
+        rng, seen = np.random.default_rng(0), []
+        small, x = (rng.standard_normal(shape, dtype=np.float32) for shape in ((50, {width}), (5_000, 256)))
+        def step(layer, x):
+            out = layer.forward(x)
+            return out.y.tobytes() + layer.backward(x, out).x.tobytes()
+        expected = step(inner, small), step(layer, x)
+        signal.signal(signal.SIGALRM, lambda *_: seen.append(step(inner, small)))
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.05)
+        results = [step(layer, x) for _ in range(3)]
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert np.array_equal(y, expected)
-        assert seen and set(seen) == {small(tokens(1)).tobytes()}
+        assert len(seen) > 2 and set(seen) == {{expected[0]}}, "the inner calls differ"
+        assert set(results) == {{expected[1]}}, "the outer calls differ"
     """)
     assert done.returncode == 0, done.stderr
 
@@ -316,16 +335,12 @@ def test_daemon_threads_do_not_disturb_the_end(call: str) -> None:
 
 
 def test_importing_starts_no_thread_and_changes_no_signal() -> None:
-    done = python(
-        """
-        import signal
-        print(len(os.listdir("/proc/self/task")) - before, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
-    """.replace("before", str(threads_of_numpy()))
-    )
-    assert done.stdout == "0 True\n", done.stderr
-
-
-def threads_of_numpy() -> int:
-    """How many threads a process has that has imported NumPy (its BLAS may start some)."""
-    code = "import numpy, os; print(len(os.listdir('/proc/self/task')))"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    code = """
+        import os, signal, numpy
+        before = len(os.listdir("/proc/self/task"))  # NumPy's BLAS may have started some
+        import numoe
+        assert len(os.listdir("/proc/self/task")) == before
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -69,6 +69,15 @@ class Dims {
     return {static_cast<T*>(array.mutable_data()), array.shape(0), array.shape(1), array.shape(1)};
   }
 
+  // An argument typed as "anything" that must be an array.
+  static py::array as_array(const py::object& object, const char* name) {
+    if (!py::isinstance<py::array>(object)) {
+      throw py::type_error(std::string(name) + " must be a NumPy array; got " +
+                           std::string(py::str(py::type::of(object).attr("__name__"))));
+    }
+    return py::reinterpret_borrow<py::array>(object);
+  }
+
   // Optional arrays: None becomes an empty view.
   template <class T>
   MatrixView<const T> optional_matrix(const py::object& object, const char* name, const char* letters) {
@@ -105,14 +114,6 @@ class Dims {
     std::vector<py::ssize_t> sizes;
     for (const auto& letter : split(letters)) sizes.push_back(sizes_.at(letter).first);
     return sizes;
-  }
-
-  static py::array as_array(const py::object& object, const char* name) {
-    if (!py::isinstance<py::array>(object)) {
-      throw py::type_error(std::string(name) + " must be a NumPy array or None; got " +
-                           std::string(py::str(py::type::of(object).attr("__name__"))));
-    }
-    return py::reinterpret_borrow<py::array>(object);
   }
 
   static std::string tuple_text(const std::vector<std::string>& letters) {

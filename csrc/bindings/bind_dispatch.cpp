@@ -49,7 +49,7 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
     const auto priority = parse<Priority>(priority_, "drop_priority", priorities);
     dims.bind("3", 3);
     const auto groups = capacity_groups(dims.optional_matrix<std::int64_t>(groups_, "groups", "G 3"), dims["T"]);
-    const auto array = py::reinterpret_borrow<py::array>(weights_);
+    const auto array = Dims::as_array(weights_, "weights");
     with_dtype(array, [&]<class T>() {
       keep_within_capacity(indices, dims.matrix<T>(array, "weights", "T K"), num_experts, groups, priority, kept);
     });

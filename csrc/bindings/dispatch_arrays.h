@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "bindings/arrays.h"
 #include "numoe/dispatch.h"
@@ -17,6 +18,20 @@ inline void check_range(std::span<const std::int32_t> values, Index limit, const
   }
 }
 
+// Every row belongs to an assignment of its token, and no assignment has two rows.
+inline void check_one_row_each(const DispatchView& view, Index num_assignments, Index top_k) {
+  std::vector<bool> taken(static_cast<std::size_t>(num_assignments));
+  for (std::size_t r = 0; r < view.row_token.size(); ++r) {
+    const auto assignment = static_cast<std::size_t>(view.row_assignment[r]);
+    if (taken[assignment] || view.row_assignment[r] / top_k != view.row_token[r]) {
+      throw py::value_error("row_assignment[" + std::to_string(r) + "] = " + std::to_string(assignment) +
+                            (taken[assignment] ? " has another row already" : " is not of the row's token") +
+                            "; use a Dispatch made by numoe.dispatch");
+    }
+    taken[assignment] = true;
+  }
+}
+
 // Binds M; needs T, K and E to be bound.
 inline DispatchView dispatch_view(Dims& dims, const py::array& offset_, const py::array& row_token_,
                                   const py::array& row_assignment_) {
@@ -29,6 +44,7 @@ inline DispatchView dispatch_view(Dims& dims, const py::array& offset_, const py
   if (!ascending) throw py::value_error("offsets must ascend from 0 to the number of rows; use numoe.dispatch");
   check_range(view.row_token, dims["T"], "row_token");
   check_range(view.row_assignment, dims["T"] * dims["K"], "row_assignment");
+  check_one_row_each(view, dims["T"] * dims["K"], dims["K"]);
   return view;
 }
 

@@ -4,15 +4,15 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <csignal>
+#include <cstdint>
 #include <exception>
 #include <fstream>
-#include <mutex>
+#include <memory>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <thread>
+#include <utility>
 
 #ifdef __linux__
 #include <sched.h>
@@ -32,8 +32,7 @@ constexpr auto kCheckInterval = std::chrono::milliseconds(20);
 constexpr auto kRetryInterval = std::chrono::seconds(1);
 constexpr std::size_t kLine = 128;  // bytes; two cache lines on x86 (fetched in pairs), one on Apple's ARM
 
-// ---- How many threads
-// -----------------------------------------------------------------------------------------------
+// ---- How many threads -------------------------------------------------------------------------------------
 
 std::atomic<int> chosen_threads{0};   // 0: not set
 std::atomic<int> default_threads{0};  // 0: not set
@@ -108,8 +107,7 @@ int cgroup_cpus() { return kMaxThreads; }
 
 #endif
 
-// ---- Waiting
-// --------------------------------------------------------------------------------------------------------
+// ---- Waiting ----------------------------------------------------------------------------------------------
 
 void pause_cpu() {
 #ifdef __SSE2__
@@ -131,49 +129,10 @@ bool spin_until(Ready ready) {
   return false;
 }
 
-// A place to sleep until a condition on atomics holds. The condition changes without the lock; no wake-up is
-// lost because sleepers are counted before they look, and the waker looks at the count after the change (both
-// seq_cst).
-class Bed {
- public:
-  template <class Ready>
-  void sleep_until(Ready ready) {
-    std::unique_lock lock(mutex_);
-    ++sleepers_;
-    bell_.wait(lock, ready);
-    --sleepers_;
-  }
-
-  template <class Ready>
-  bool sleep_until(Ready ready, Clock::duration limit) {
-    std::unique_lock lock(mutex_);
-    ++sleepers_;
-    const bool is_ready = bell_.wait_for(lock, limit, ready);
-    --sleepers_;
-    return is_ready;
-  }
-
-  void wake(int wanted) {
-    const int sleepers = sleepers_;
-    if (sleepers == 0) return;
-    {
-      const std::lock_guard lock(mutex_);
-    }  // whoever has counted itself is now asleep, or sees the change
-    if (wanted >= sleepers) return bell_.notify_all();
-    for (int i = 0; i < wanted; ++i) bell_.notify_one();
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable bell_;
-  std::atomic<int> sleepers_{0};
-};
-
-// ---- What a thread knows about itself
-// -------------------------------------------------------------------------------
+// ---- What a thread knows about itself ---------------------------------------------------------------------
 
 thread_local bool is_helper = false;          // started by the pool
-thread_local Clock::time_point last_check{};  // outlives a call, so that many short calls in a row are checked too
+thread_local Clock::time_point last_check{};  // outlives a call: many short calls in a row are checked too
 std::atomic<void (*)()> interrupt_check{nullptr};
 
 void poll_interrupt() {
@@ -203,19 +162,17 @@ class FloatMode {
 #endif
 };
 
-// Signals that ask for something belong to the threads of the program: there they interrupt sleep() and
-// read().
+// Signals that ask for something belong to the program's own threads: there they interrupt sleep() or read().
 void leave_signals_to_others() {
   sigset_t set;
   sigemptyset(&set);
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGCHLD, SIGUSR1, SIGUSR2, SIGWINCH, SIGTSTP}) {
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGCHLD, SIGUSR1, SIGUSR2, SIGWINCH}) {
     sigaddset(&set, signal);
   }
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
 }
 
-// ---- The pool
-// -------------------------------------------------------------------------------------------------------
+// ---- The pool ---------------------------------------------------------------------------------------------
 
 struct Job {
   Index num_tasks = 0;
@@ -239,9 +196,10 @@ class Claim {
   const bool mine_;
 };
 
-// One job at a time. `door_` is its whole state: the high half counts the seats that helpers may still take,
-// the low half the helpers inside. Seats > 0: come in. Zero: no job, nobody inside, and the caller may write
-// the next job.
+// Runs one job at a time. `door_` is all the state: its high half counts the seats that helpers may still take,
+// its low half the helpers inside. Seats: come in. Zero: nobody is inside, the caller may write the next job.
+// A helper that comes too late finds no seat and harms nobody, so the caller never waits for a sleeper.
+// All atomics are sequentially consistent: a call makes about ten accesses to them, next to 5 us and more of work.
 class Pool {
  public:
   // False: the pool is busy, or there is nobody to help.
@@ -255,7 +213,7 @@ class Pool {
   void take_tasks(int worker);
   void skip_the_rest() { next_ = static_cast<std::size_t>(job_.num_tasks); }
   void close_door() { door_ &= kInside; }
-  bool wait_for_helpers();
+  void wait_for_helpers();
   int start_helpers(int wanted);
   void live_as_helper();
   void help(int worker);
@@ -264,14 +222,14 @@ class Pool {
   int helpers_ = 0;                // threads started (they never end); guarded by busy_, as the next one
   Clock::time_point retry_at_{};   // after the system refused a thread
   std::atomic<bool> may_spin_{false};
-  Bed idle_, finished_;  // beds of the helpers and of the caller
 
   alignas(kLine) Job job_;
   FloatMode float_mode_;
   std::exception_ptr error_;  // the first exception of a helper
   std::atomic<bool> has_error_{false};
-  alignas(kLine) std::atomic<std::size_t> next_{0};  // unsigned: may pass num_tasks by one per worker
-  alignas(kLine) std::atomic<std::uint32_t> door_{0};
+  alignas(kLine) std::atomic<std::size_t> next_{0};    // unsigned: may pass num_tasks by one per worker
+  alignas(kLine) std::atomic<std::uint32_t> door_{0};  // helpers park on it
+  std::atomic<std::uint32_t> departures_{0};           // times the last helper has left; the caller parks on it
 };
 
 bool Pool::try_run(const Job& job, int max_workers) {
@@ -282,11 +240,11 @@ bool Pool::try_run(const Job& job, int max_workers) {
   try {
     open(job, helpers);
     take_tasks(0);
-    while (!wait_for_helpers()) poll_interrupt();
+    wait_for_helpers();
+    poll_interrupt();
   } catch (...) {  // must rethrow: pthread_exit, by which Python ends daemon threads, passes here too
     skip_the_rest();
-    while (!wait_for_helpers()) {
-    }
+    wait_for_helpers();
     throw;
   }
   if (has_error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -301,7 +259,11 @@ void Pool::open(const Job& job, int helpers) {
   next_ = 0;
   may_spin_ = helpers < cpu_count();
   door_ = static_cast<std::uint32_t>(helpers) * kSeat;
-  idle_.wake(helpers);
+  if (helpers == helpers_) {
+    door_.notify_all();  // costs a system call only if somebody is parked
+  } else {
+    for (int i = 0; i < helpers; ++i) door_.notify_one();
+  }
 }
 
 void Pool::take_tasks(int worker) {
@@ -314,11 +276,15 @@ void Pool::take_tasks(int worker) {
   }
 }
 
-// True: all have left. False: ask again, after a look at the interrupts.
-bool Pool::wait_for_helpers() {
+void Pool::wait_for_helpers() {
   close_door();
-  const auto left = [this] { return door_ == 0; };
-  return (may_spin_ && spin_until(left)) || finished_.sleep_until(left, kCheckInterval);
+  const auto all_left = [this] { return door_ == 0; };
+  if (may_spin_ && spin_until(all_left)) return;
+  for (;;) {
+    const std::uint32_t seen = departures_;  // before the look at the door: what comes later ends the wait
+    if (all_left()) return;
+    departures_.wait(seen);
+  }
 }
 
 int Pool::start_helpers(int wanted) {
@@ -337,8 +303,9 @@ void Pool::live_as_helper() {
   leave_signals_to_others();
   const auto is_open = [this] { return door_ >= kSeat; };
   for (;;) {
-    if (!(may_spin_ && spin_until(is_open))) idle_.sleep_until(is_open);
     std::uint32_t door = door_;
+    if (may_spin_ && spin_until(is_open)) door = door_;
+    for (; door < kSeat; door = door_) door_.wait(door);
     while (door >= kSeat && !door_.compare_exchange_weak(door, door - kSeat + 1)) {
     }
     if (door >= kSeat) help(static_cast<int>(door / kSeat));  // the number of free seats is the worker's number
@@ -354,12 +321,14 @@ void Pool::help(int worker) {
     skip_the_rest();
   }
   close_door();  // before leaving: there is nothing left to come in for
-  if (--door_ == 0) finished_.wake(1);
+  if (--door_ == 0) {
+    ++departures_;
+    departures_.notify_one();
+  }
 }
 
-// Never destroyed: its threads still sleep in it when the process ends. Constant-initialised, no lock: always
-// safe to use after fork, where only the forking thread lives on and the parent's pool, in whatever state, is
-// left behind.
+// Never destroyed: its threads still sleep in it when the process ends. Without lock or guard, so that it is in
+// order after fork, where only the forking thread lives on; the parent's pool is left behind in any state.
 std::atomic<Pool*> the_pool{nullptr};
 void forget_pool() { the_pool = nullptr; }
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, forget_pool);

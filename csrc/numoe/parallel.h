@@ -48,8 +48,9 @@ int num_threads();
 void set_num_threads(int n);
 void set_default_num_threads(int n);  // same rules; what the environment asks for, overruled by set_num_threads
 
-// `check` is called about every 20 ms between tasks, on calling threads only; if it throws (Python:
-// KeyboardInterrupt), the remaining tasks are skipped and the caller gets that exception. nullptr: no check.
+// `check` is called about every 20 ms, on calling threads only, between tasks and at the end of a call. If it
+// throws (Python: KeyboardInterrupt), tasks not yet begun are skipped and the caller gets that exception.
+// nullptr: no check.
 void set_interrupt_check(void (*check)());
 
 namespace detail {

@@ -20,11 +20,10 @@ The *router* picks experts; "gate" is only ever the gate of a gated linear unit.
 import warnings as _warnings
 
 from numoe import _core, losses, metrics, optim, reference, testing
-from numoe._core import num_threads, set_num_threads
 from numoe.checkpoint import CheckpointError
 from numoe.config import DispatchConfig, ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from numoe.experts import ExpertCache, experts_backward, experts_forward
-from numoe.info import show_versions
+from numoe.info import num_threads, set_num_threads, show_versions
 from numoe.layer import LossTerm, MoEGrads, MoELayer, MoEOutput
 from numoe.packed import PackedMoELayer
 from numoe.routing import (

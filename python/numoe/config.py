@@ -32,7 +32,7 @@ DTYPES = ("float32", "float64")
 _MAX_ELEMENTS = 2**46  # of one parameter; far beyond memory, far below what overflows 64-bit byte counts
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int in ``low..high``; bools, floats and strings are refused."""
     try:
         if isinstance(value, bool | np.bool_):
@@ -155,8 +155,8 @@ class RouterConfig(_Checked):
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        experts = _integer("num_experts", self.num_experts, 1, 2**31 - 1)
-        if _integer("top_k", self.top_k, -(2**62)) not in range(1, experts + 1):
+        experts = integer("num_experts", self.num_experts, 1, 2**31 - 1)
+        if integer("top_k", self.top_k, -(2**62)) not in range(1, experts + 1):
             raise ValueError(f"top_k must be in 1..num_experts ({experts}); got {self.top_k}.")
         self._set(
             num_experts=experts,
@@ -168,8 +168,8 @@ class RouterConfig(_Checked):
             scale=_real("scale", self.scale, strict=True),
             linear_bias=_flag("linear_bias", self.linear_bias),
             choice_bias=_flag("choice_bias", self.choice_bias),
-            num_groups=_integer("num_groups", self.num_groups, 1, experts),
-            groups_kept=_integer("groups_kept", self.groups_kept, 1),
+            num_groups=integer("num_groups", self.num_groups, 1, experts),
+            groups_kept=integer("groups_kept", self.groups_kept, 1),
             group_score=_choice("group_score", self.group_score, GROUP_SCORES),
             jitter=_real("jitter", self.jitter, high=1.0),
             noise_std=_real("noise_std", self.noise_std),
@@ -241,16 +241,16 @@ class DispatchConfig(_Checked):
             factor = _real("capacity_factor", self.capacity_factor, strict=True)
             self._set(capacity_factor=factor)
         if self.capacity is not None:
-            self._set(capacity=_integer("capacity", self.capacity, 0))
+            self._set(capacity=integer("capacity", self.capacity, 0))
         per = self.capacity_per
         if not isinstance(per, str):
-            per = _integer("capacity_per", per, 1)
+            per = integer("capacity_per", per, 1)
         elif per not in ("batch", "sequence"):
             raise ValueError(f"capacity_per must be 'batch', 'sequence' or a number of tokens; got {per!r}.")
         self._set(
-            min_capacity=_integer("min_capacity", self.min_capacity, 0),
+            min_capacity=integer("min_capacity", self.min_capacity, 0),
             capacity_rounding=_choice("capacity_rounding", self.capacity_rounding, ROUNDINGS),
-            capacity_multiple_of=_integer("capacity_multiple_of", self.capacity_multiple_of, 1),
+            capacity_multiple_of=integer("capacity_multiple_of", self.capacity_multiple_of, 1),
             capacity_times_k=_flag("capacity_times_k", self.capacity_times_k),
             capacity_per=per,
             drop_priority=_choice("drop_priority", self.drop_priority, PRIORITIES),
@@ -312,7 +312,7 @@ class ExpertConfig(_Checked):
 
     def __post_init__(self) -> None:
         self._set(
-            d_ff=_integer("d_ff", self.d_ff, 1, 2**31 - 1),
+            d_ff=integer("d_ff", self.d_ff, 1, 2**31 - 1),
             form=_choice("form", self.form, FORMS),
             activation=_choice("activation", self.activation, ACTIVATIONS),
             bias=_flag("bias", self.bias),
@@ -343,7 +343,7 @@ class SharedExpertConfig(_Checked):
 
     def __post_init__(self) -> None:
         self._set(
-            d_ff=_integer("shared d_ff", self.d_ff, 1, 2**31 - 1),
+            d_ff=integer("shared d_ff", self.d_ff, 1, 2**31 - 1),
             gate=_choice("shared gate", self.gate, SHARED_GATES),
             form=_choice("shared form", self.form, FORMS),
             activation=_choice("shared activation", self.activation, ACTIVATIONS),
@@ -392,7 +392,7 @@ class MoEConfig(_Checked):
             for name, coefficient in self.aux_losses.items()
         }
         self._set(
-            d_model=_integer("d_model", self.d_model, 1, 2**31 - 1),
+            d_model=integer("d_model", self.d_model, 1, 2**31 - 1),
             aux_losses=losses,
             dtype=as_dtype(self.dtype).name,
         )

@@ -35,9 +35,17 @@ def expert_options(config: ExpertConfig) -> _core.ExpertOptions:
     return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
 
 
-def _of_experts(params: Mapping[str, Any], dtype: np.dtype[Any]) -> dict[str, FloatArray]:
+def _of_experts(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype[Any]) -> dict[str, FloatArray]:
     """The experts' parameters of a layer; never copied, because they may be gigabytes and are read in place."""
+    glu = ("w_gate",) if config.form == "glu" else ()
+    biases = (*(f"b_{name[2:]}" for name in glu), "b_up", "b_down") if config.bias else ()
+    expected = (*glu, "w_up", "w_down", *biases)
     chosen = {name: params[name] for name in EXPERT_PARAMS if name in params}
+    if set(chosen) != set(expected):
+        raise ValueError(
+            f"params must hold exactly {', '.join(expected)} of the experts' parameters for form={config.form!r} and "
+            f"bias={config.bias}; got {', '.join(chosen) or 'none of them'}."
+        )
     for name, value in chosen.items():
         if not isinstance(value, np.ndarray) or value.dtype != dtype:
             kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
@@ -101,6 +109,8 @@ def experts_forward(
     options = expert_options(config)
     if weights is not None:
         weights = as_float(weights, "weights", x.dtype, ndim=2)
+    if weights is None and config.weight_on == "input":
+        raise ValueError("weights must be given for weight_on='input': they multiply the experts' input.")
     if not combined and config.weight_on == "output":
         weights = None  # they belong to combine
     result, gate, up = _core.experts_forward(
@@ -110,7 +120,7 @@ def experts_forward(
         plan.row_assignment,
         plan.top_k,
         weights,
-        _of_experts(params, x.dtype),
+        _of_experts(params, config, x.dtype),
         options,
         combined,
         keep_cache,
@@ -169,7 +179,7 @@ def experts_backward(
         plan.row_assignment,
         plan.top_k,
         weights,
-        _of_experts(params, x.dtype),
+        _of_experts(params, config, x.dtype),
         expert_options(config),
         combined,
         cache.gate,

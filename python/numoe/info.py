@@ -10,6 +10,44 @@ from typing import Any
 import numpy as np
 
 from numoe import _core
+from numoe.config import integer
+
+
+def set_num_threads(n: int) -> None:
+    """Let calls use up to `n` threads from now on, in this process.
+
+    Parameters
+    ----------
+    n : int
+        At least 1; more threads than CPUs are obeyed but never faster.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an int, or below 1.
+
+    Examples
+    --------
+    >>> import numoe
+    >>> before = numoe.num_threads()
+    >>> numoe.set_num_threads(1)
+    >>> numoe.num_threads()
+    1
+    >>> numoe.set_num_threads(before)
+    """
+    _core.set_num_threads(min(integer("num_threads", n, -(2**31)), 2**31 - 1))
+
+
+def num_threads() -> int:
+    """How many threads a call may use: `set_num_threads`, else NUMOE_NUM_THREADS, else the CPUs available.
+
+    Examples
+    --------
+    >>> import numoe
+    >>> numoe.num_threads() >= 1
+    True
+    """
+    return _core.num_threads()
 
 
 def collect() -> dict[str, Any]:

@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from numoe import _core
 from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask
-from numoe.config import SCORES, _choice, _integer, _real
+from numoe.config import SCORES, _choice, integer, _real
 
 __all__ = [
     "CONVENTIONS",
@@ -303,7 +303,7 @@ def importance_loss(
     array([[ 0.1875, -0.3125],
            [ 0.1875, -0.3125]])
     """
-    experts = _integer("num_experts", num_experts, 1, 2**31 - 1)
+    experts = integer("num_experts", num_experts, 1, 2**31 - 1)
     w = as_float(weights, "weights", ndim=2)
     chosen = _as_choices(indices, w.shape[0], experts, "weights")
     if chosen.shape != w.shape:
@@ -379,7 +379,7 @@ def load_loss(
     noisy = as_float(noisy_logits, "noisy_logits", dtype=z.dtype, ndim=2)
     if noisy.shape != z.shape:
         raise ValueError(f"noisy_logits must have the shape of logits (T, E) = {z.shape}; got {noisy.shape}.")
-    if _integer("top_k", top_k, -(2**62)) not in range(1, z.shape[1] + 1):
+    if integer("top_k", top_k, -(2**62)) not in range(1, z.shape[1] + 1):
         raise ValueError(f"top_k must be in 1..E ({z.shape[1]}); got {top_k}.")
     real = _as_mask(mask, z.shape[0])
     sigma = _as_noise_std(noise_std, z, real)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from numoe.config import _flag, _integer, _real
+from numoe.config import _flag, integer, _real
 
 Array = npt.NDArray[Any]
 Schedule = Callable[[int], float]
@@ -68,7 +68,7 @@ def linear_warmup(warmup_steps: int) -> Schedule:
     >>> [linear_warmup(4)(step) for step in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    return functools.partial(_warmup, warmup_steps=_integer("warmup_steps", warmup_steps, 0))
+    return functools.partial(_warmup, warmup_steps=integer("warmup_steps", warmup_steps, 0))
 
 
 def linear(total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
@@ -93,8 +93,8 @@ def cosine(total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Sc
 
 
 def _decaying(total_steps: int, warmup_steps: int, final: float, shape: str) -> Schedule:
-    total = _integer("total_steps", total_steps, 1)
-    warmup = _integer("warmup_steps", warmup_steps, 0, total)
+    total = integer("total_steps", total_steps, 1)
+    warmup = integer("warmup_steps", warmup_steps, 0, total)
     factor = _real("final", final, high=1.0)
     return functools.partial(_decay, total_steps=total, warmup_steps=warmup, final=factor, shape=shape)
 
@@ -105,7 +105,7 @@ def inverse_sqrt(warmup_steps: int) -> Schedule:
     >>> [inverse_sqrt(2)(step) for step in (0, 1, 7)]
     [0.5, 1.0, 0.5]
     """
-    return functools.partial(_inverse_sqrt, warmup_steps=_integer("warmup_steps", warmup_steps, 1))
+    return functools.partial(_inverse_sqrt, warmup_steps=integer("warmup_steps", warmup_steps, 1))
 
 
 # --------------------------------------------------------------------------------------- dicts of arrays
@@ -381,7 +381,7 @@ class _Optimizer:
                 raise ValueError(f"state[{name!r}] must have shape {array.shape}; got {given[name].shape}.")
             if given[name].dtype != array.dtype:
                 raise TypeError(f"state[{name!r}] must have dtype {array.dtype}; got {given[name].dtype}.")
-        step_count = _integer("state['step_count']", given["step_count"].item(), 0)
+        step_count = integer("state['step_count']", given["step_count"].item(), 0)
         settings = self._checked({name: given[name].item() for name in self._highs})
         self.step_count = step_count
         self._set(settings)

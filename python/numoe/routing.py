@@ -342,10 +342,14 @@ def dispatch(
     indices = as_indices(routing.indices, router.num_experts)
     if routing.logits is None:
         check_distinct(indices)
+    weights = as_float(routing.weights, "weights", ndim=2)
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights must have the shape of indices, {indices.shape}; got {weights.shape}.")
+    mask = None if routing.mask is None else as_mask(routing.mask, len(indices))
     lengths = check_sequence_lengths(sequence_lengths, len(indices))
-    groups = _capacity_groups(len(indices), config, router, routing.mask, lengths)
+    groups = _capacity_groups(len(indices), config, router, mask, lengths)
     offsets, row_token, row_assignment, assignment_row = _core.dispatch(
-        indices, routing.weights, router.num_experts, None if groups is None else groups.table, config.drop_priority
+        indices, weights, router.num_experts, None if groups is None else groups.table, config.drop_priority
     )
     return Dispatch(
         offsets=offsets,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from numoe import info
 from numoe.demo import pictures, report
-from numoe.demo.data import Batch, Corpus, held_out_batch, load_corpus, ngram_bits
+from numoe.demo.data import Batch, Corpus, NoTextError, held_out_batch, load_corpus, ngram_bits
 from numoe.demo.model import ModelConfig
 from numoe.demo.train import Recipe, Result, Trainer, sample, train
 from numoe.optim import flatten
@@ -95,8 +95,15 @@ def run(args: argparse.Namespace) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still gets its tables
     out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = load_corpus()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        corpus = load_corpus()
+    except OSError as error:
+        print(f"--out {out}: the folder cannot be made: {error.strerror}.", file=sys.stderr)
+        return 2
+    except NoTextError as error:
+        print(error, file=sys.stderr)
+        return 2
     held_out = held_out_batch(corpus, HELD_OUT_PER_KIND, ModelConfig(moe={}).context)
     setting = _Setting(corpus, held_out, args.steps, args.seed, out)
     print(_headline(args.seed))
@@ -193,7 +200,8 @@ def _sample(setting: _Setting, moe: Result) -> None:
     rng = np.random.default_rng([setting.seed, 4])
     for kind in setting.corpus.kinds:
         text = sample(moe.trainer.model, PROMPTS[kind].encode(), 180, rng).decode(errors="replace")
-        for i, line in enumerate(f"{PROMPTS[kind]}|{text}".splitlines()[:5]):
+        lines = [line for line in f"{PROMPTS[kind]}|{text}".splitlines() if line.strip()]
+        for i, line in enumerate(lines[:5]):
             print(f"  {kind if i == 0 else '':6}  {line[:WIDTH]}".rstrip())
 
 

@@ -29,6 +29,10 @@ HELD_OUT = 0.1  # share of every kind's bytes, whole documents
 _ALGORITHMIC = ("CJK ", "HANGUL SYLLABLE", "TANGUT ", "NUSHU ", "KHITAN ")  # names that are only a code number
 
 
+class NoTextError(RuntimeError):
+    """Raised if Python came without the text that the demo trains on."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Bytes of each kind, training and held out."""
@@ -43,13 +47,13 @@ def load_corpus() -> Corpus:
 
     Raises
     ------
-    RuntimeError
+    NoTextError
         If this Python carries fewer than two kinds of text.
     """
     parts = {kind: _split(_unique(documents, kind)) for kind, documents in _sources().items()}
     parts = {kind: part for kind, part in parts.items() if len(part[0]) >= MIN_BYTES}
     if len(parts) < 2:
-        raise RuntimeError(
+        raise NoTextError(
             f"the demo needs text from the standard library; found only {list(parts)} below "
             f"{sysconfig.get_path('stdlib')}.  Use a Python that has its .py files and pydoc_data."
         )
