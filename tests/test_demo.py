@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numoe import checkpoint, demo
 from numoe.demo import data, model, pictures, report
-from numoe.demo.train import Recipe, Result, Trainer, sample, train
+from numoe.demo.training import Recipe, Result, Trainer, sample, train
 
 MOE = {"num_experts": 4, "top_k": 2, "d_ff": 8, "choice_bias": True}
 SMALL = model.ModelConfig(moe=MOE, context=3, embedding=4, d_model=6)

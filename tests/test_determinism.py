@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.testing import assert_bitwise_equal, random_problem
 
 Options = dict[str, Any]

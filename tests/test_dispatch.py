@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-import numoe
 from numoe.config import PRIORITIES
 from numoe.testing import assert_bitwise_equal
 

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe import losses, optim
 from numoe.testing import assert_bitwise_equal
 
@@ -331,7 +330,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "B21 choice_bias": (lambda: numoe.route(LOGITS, ROUTER, choice_bias=np.ones(E + 1)),
         "ValueError: choice_bias must have shape"),
     "B21 b_router": (lambda: numoe.router_logits(X, np.ones((D, E), "f4"), np.ones(5, "f4")),
-        r"ValueError: b_router must have shape \(E\) with E = 3 from w_router; got \(5,\)"),
+        r"ValueError: b_router must have shape \(E,\) with E = 3 from w_router; got \(5,\)"),
     "B55 one token": (lambda: numoe.route(LOGITS[0], ROUTER), r"ValueError: logits must have 2 dim.*\(3,\)"),
     "B55 batch": (lambda: numoe.route(LOGITS[None], ROUTER), r"ValueError: logits .*got shape \(1, 6, 3\)"),
     "B55 experts": (lambda: numoe.route(LOGITS, GROUPED),
@@ -355,7 +354,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "B70 token range": (combine(row_token=plan().row_token + 1),
         r"ValueError: row_token\[\d+\] = 6 is not in 0\.\.5"),
     "B70 offsets": (combine(offsets=plan().offsets[::-1].copy()), "ValueError: offsets must ascend"),
-    "B70 rows": (lambda: numoe.combine(np.ones((T, D)), plan()), r"ValueError: rows must have shape \(M D\)"),
+    "B70 rows": (lambda: numoe.combine(np.ones((T, D)), plan()), r"ValueError: rows must have shape \(M, D\)"),
     "B66 combine": (lambda: numoe.combine(np.ones((T * K, D)), plan(), np.ones((T, 3))),
         "ValueError: weights"),
     "B7 glu without gate": (experts(without="w_gate"), "ValueError: .*w_gate"),
@@ -363,7 +362,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "B7 biases missing": (experts(numoe.ExpertConfig(d_ff=F, bias=True)), "ValueError: .*(b_up|bias)"),
     "B13 no w_up": (experts(without="w_up"), "ValueError: .*w_up"),
     "B66 weight_on": (experts(numoe.ExpertConfig(d_ff=F, weight_on="input")), "ValueError: weights"),
-    "B14 dtype": (lambda: numoe.experts_forward(tokens("f8"), plan(), {"w_up": np.ones(1, "f4")}, MLP),
+    "B14 dtype": (lambda: numoe.experts_forward(tokens("f8"), plan(), dict.fromkeys(("w_up", "w_down"), np.ones(1, "f4")), MLP),
         r"TypeError: params\['w_up'\] must be a float64 array like x; got float32"),
     "B51 zero": (lambda: numoe.set_num_threads(0), "ValueError: num_threads is 0.*pass 1 or more"),
     "B51 negative": (lambda: numoe.set_num_threads(-1), "ValueError: num_threads is -1"),

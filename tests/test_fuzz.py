@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe import _core
 
 T, D, F, E, K = 6, 4, 5, 3, 2

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.config import ACTIVATIONS, AUX_LOSSES, FORMS, PRIORITIES, WEIGHT_ON
 from numoe.testing import TOLERANCES, GradientReport, check_gradients, random_problem
 

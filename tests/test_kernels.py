@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.config import ACTIVATIONS
 from numoe.testing import assert_bitwise_equal
 

@@ -7,10 +7,9 @@ import functools
 import itertools
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe import reference
 from numoe.config import ACTIVATIONS, PRIORITIES, MoEConfig
 from numoe.testing import Problem, assert_bitwise_equal, assert_close, random_problem

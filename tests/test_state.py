@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
 import safetensors.numpy
-
-import numoe
 from numoe import CheckpointError, checkpoint
 from numoe.testing import assert_bitwise_equal, random_problem
 

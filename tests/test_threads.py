@@ -10,10 +10,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.testing import assert_bitwise_equal
 
 

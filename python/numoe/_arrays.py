@@ -22,7 +22,7 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
     Any floating dtype is converted to `dtype` (default: float32 and float64 stay, others become float32); a value that
     was finite and would become infinite raises ``ValueError``.
     """
-    array = _plain_array(x, name)
+    array = plain_array(x, name)
     if array.dtype == object and type(x).__module__.startswith("numoe"):
         raise TypeError(f"{name} is a {type(x).__name__}; pass one of its arrays, e.g. routing.weights.")
     if array.dtype.kind != "f" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
@@ -37,7 +37,7 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
     return _convert(array, name, np.dtype(dtype))
 
 
-def _plain_array(x: Any, name: str) -> npt.NDArray[Any]:
+def plain_array(x: Any, name: str) -> npt.NDArray[Any]:
     """`x` as an ndarray; subclasses that mean something else, and what NumPy cannot read, are refused."""
     if type(x) is np.ndarray:
         return x
@@ -76,13 +76,14 @@ def _convert(array: npt.NDArray[Any], name: str, dtype: np.dtype[Any]) -> FloatA
     return np.require(array, requirements=["C", "A"])
 
 
-def as_mask(mask: Any, num_tokens: int, name: str = "mask") -> BoolArray:
-    """A padding mask (T,) of bools, ``True`` for real tokens; any shape with T elements is flattened."""
-    array = _plain_array(mask, name)
+def as_mask(mask: Any, num_tokens: int, leading: tuple[int, ...] | None = None, name: str = "mask") -> BoolArray:
+    """A padding mask (T,) of bools, ``True`` for real tokens; given in x's leading shape or as (T,)."""
+    array = plain_array(mask, name)
     if array.dtype != np.bool_:
         raise TypeError(f"{name} must be an array of bools, True for real tokens; got dtype {array.dtype}.")
-    if array.size != num_tokens:
-        raise ValueError(f"{name} must have one entry per token ({num_tokens}); got shape {array.shape}.")
+    if array.shape not in ((num_tokens,), leading):
+        expected = (num_tokens,) if leading is None else leading
+        raise ValueError(f"{name} must have one entry per token, shape {expected}; got {array.shape}.")
     stored = np.require(array.reshape(num_tokens), requirements=["C", "A"]).view(np.uint8)
     real: BoolArray = stored != 0
     return real  # a bool array made by .view(bool) may hold other bytes than 0 and 1
@@ -90,7 +91,7 @@ def as_mask(mask: Any, num_tokens: int, name: str = "mask") -> BoolArray:
 
 def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArray:
     """Chosen experts (T, K) as int32, each in ``0..E-1`` or -1 for "not routed"; anything else names its position."""
-    array = _plain_array(indices, name)
+    array = plain_array(indices, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be an array of ints; got dtype {array.dtype}.")
     if array.ndim != 2:

@@ -30,6 +30,33 @@ class RouterOptions:
 class ExpertOptions:
     def __init__(self, *, activation: str, weight_on: str) -> None: ...
 
+class _PackedLayer:
+    def __init__(
+        self,
+        params: dict[str, Float],
+        choice_bias: Float | None,
+        router: RouterOptions,
+        options: ExpertOptions,
+        shared_params: dict[str, Float] | None,
+        shared_options: ExpertOptions,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def forward(self, x: Float) -> Float: ...
+    def experts(
+        self,
+        x: Float,
+        offsets: Int64,
+        row_token: Int32,
+        row_assignment: Int32,
+        top_k: int,
+        weights: Float | None,
+    ) -> Float: ...
+
+class PackedLayerFloat32(_PackedLayer): ...
+class PackedLayerFloat64(_PackedLayer): ...
+class PackedLayerBfloat16(_PackedLayer): ...
+
 class ReadProbe:
     def __init__(self, bytes: int) -> None: ...
     @property

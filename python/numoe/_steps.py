@@ -28,18 +28,22 @@ class RouterPass:
     jitter: FloatArray | None  # (T, D), the factor in that input
 
 
-def check_nan(router: RouterPass, real: BoolArray | None, policy: str) -> None:
+def check_nan(policy: str, x: FloatArray, router: RouterPass | None, real: BoolArray | None) -> None:
+    """With ``nan_policy="raise"``, a real token with NaN in x or in its logits is an error that names it."""
     if policy not in NAN_POLICIES:
         raise ValueError(f"nan_policy must be 'propagate' or 'raise'; got {policy!r}.")
     if policy == "propagate":
         return
-    bad = np.isnan(router.logits) if real is None else np.isnan(router.logits) & real[:, None]
-    if bad.any():
-        t, e = (int(i) for i in np.argwhere(bad)[0])
-        raise FloatingPointError(
-            f"router logits contain {int(bad.sum())} NaN (first at token {t}, expert {e}); "
-            'set nan_policy="propagate" to let such tokens give NaN.'
-        )
+    for name, values in (("x", x), ("router logits", None if router is None else router.logits)):
+        if values is None:
+            continue
+        bad = np.isnan(values) if real is None else np.isnan(values) & real[:, None]
+        if bad.any():
+            t, i = (int(n) for n in np.argwhere(bad)[0])
+            raise FloatingPointError(
+                f"{name} hold{'s' * (name == 'x')} {int(bad.sum())} NaN (first at token {t}, column {i}); "
+                'set nan_policy="propagate" to let such tokens give NaN.'
+            )
 
 
 @dataclass(frozen=True)

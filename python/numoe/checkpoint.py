@@ -18,6 +18,8 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from numoe._arrays import as_float
+
 FORMAT = "numoe-1"
 _REFUSED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -137,7 +139,7 @@ def check_state(
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name[:80]) for name in names[:5])
+    shown = ", ".join(repr(name)[:80] for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -149,7 +151,7 @@ def copy_state(state: Mapping[str, npt.ArrayLike], own: Mapping[str, npt.NDArray
     for name, value in own.items():
         if name in state and not value.flags.writeable:
             raise ValueError(f"read-only parameter {name!r}; replace it by a writable copy first.")
-    converted = {name: np.asarray(state[name]).astype(own[name].dtype) for name in own if name in state}
+    converted = {name: as_float(state[name], repr(name), own[name].dtype) for name in own if name in state}
     for name, value in converted.items():
         own[name][...] = value
     return odd

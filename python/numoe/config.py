@@ -32,7 +32,7 @@ DTYPES = ("float32", "float64")
 _MAX_ELEMENTS = 2**46  # of one parameter; far beyond memory, far below what overflows 64-bit byte counts
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def checked_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int in ``low..high``; bools, floats and strings are refused."""
     try:
         if isinstance(value, bool | np.bool_):
@@ -40,19 +40,21 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int; got {value!r} ({type(value).__name__}).") from None
-    if number < low and high is None:
+    if low is not None and high is None and number < low:
         raise ValueError(f"{name} must be >= {low}; got {number}.")
-    if high is not None and not low <= number <= high:
+    if low is not None and high is not None and not low <= number <= high:
         raise ValueError(f"{name} must be in {low}..{high}; got {number}.")
     return number
 
 
-def _real(name: str, value: Any, *, low: float = 0.0, strict: bool = False, high: float = math.inf) -> float:
+def checked_real(name: str, value: Any, *, low: float = 0.0, strict: bool = False, high: float = math.inf) -> float:
     """`value` as a finite float with ``low <= value <= high`` (``low < value`` if `strict`)."""
     if isinstance(value, bool | np.bool_ | str | bytes) or not np.isscalar(value):
         raise TypeError(f"{name} must be a real number; got {value!r} ({type(value).__name__}).")
     try:
         number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
     except TypeError:
         raise TypeError(f"{name} must be a real number; got {value!r} ({type(value).__name__}).") from None
     if not math.isfinite(number) or number < low or (strict and number == low) or number > high:
@@ -61,7 +63,7 @@ def _real(name: str, value: Any, *, low: float = 0.0, strict: bool = False, high
     return number
 
 
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`; the message lists them and suggests the closest."""
     if isinstance(value, str) and value in choices:
         return value
@@ -71,7 +73,8 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     raise kind(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.{hint}")
 
 
-def _flag(name: str, value: Any) -> bool:
+def checked_flag(name: str, value: Any) -> bool:
+    """`value` if it is a bool; nothing else counts as one."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False; got {value!r} ({type(value).__name__}).")
     return bool(value)
@@ -155,25 +158,25 @@ class RouterConfig(_Checked):
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        experts = integer("num_experts", self.num_experts, 1, 2**31 - 1)
-        if integer("top_k", self.top_k, -(2**62)) not in range(1, experts + 1):
+        experts = checked_int("num_experts", self.num_experts, 1, 2**31 - 1)
+        if not 1 <= checked_int("top_k", self.top_k) <= experts:
             raise ValueError(f"top_k must be in 1..num_experts ({experts}); got {self.top_k}.")
         self._set(
             num_experts=experts,
             top_k=int(self.top_k),
-            score=_choice("score", self.score, SCORES),
-            normalize=_choice("normalize", self.normalize, NORMALIZATIONS),
-            normalize_eps=_real("normalize_eps", self.normalize_eps),
-            eps_mode=_choice("eps_mode", self.eps_mode, EPS_MODES),
-            scale=_real("scale", self.scale, strict=True),
-            linear_bias=_flag("linear_bias", self.linear_bias),
-            choice_bias=_flag("choice_bias", self.choice_bias),
-            num_groups=integer("num_groups", self.num_groups, 1, experts),
-            groups_kept=integer("groups_kept", self.groups_kept, 1),
-            group_score=_choice("group_score", self.group_score, GROUP_SCORES),
-            jitter=_real("jitter", self.jitter, high=1.0),
-            noise_std=_real("noise_std", self.noise_std),
-            frozen=_flag("frozen", self.frozen),
+            score=checked_choice("score", self.score, SCORES),
+            normalize=checked_choice("normalize", self.normalize, NORMALIZATIONS),
+            normalize_eps=checked_real("normalize_eps", self.normalize_eps),
+            eps_mode=checked_choice("eps_mode", self.eps_mode, EPS_MODES),
+            scale=checked_real("scale", self.scale, strict=True),
+            linear_bias=checked_flag("linear_bias", self.linear_bias),
+            choice_bias=checked_flag("choice_bias", self.choice_bias),
+            num_groups=checked_int("num_groups", self.num_groups, 1, experts),
+            groups_kept=checked_int("groups_kept", self.groups_kept, 1),
+            group_score=checked_choice("group_score", self.group_score, GROUP_SCORES),
+            jitter=checked_real("jitter", self.jitter, high=1.0),
+            noise_std=checked_real("noise_std", self.noise_std),
+            frozen=checked_flag("frozen", self.frozen),
         )
         self._check_groups()
 
@@ -238,23 +241,23 @@ class DispatchConfig(_Checked):
         if self.capacity is not None and self.capacity_factor is not None:
             raise ValueError("capacity and capacity_factor exclude each other; give one of them.")
         if self.capacity_factor is not None:
-            factor = _real("capacity_factor", self.capacity_factor, strict=True)
+            factor = checked_real("capacity_factor", self.capacity_factor, strict=True)
             self._set(capacity_factor=factor)
         if self.capacity is not None:
-            self._set(capacity=integer("capacity", self.capacity, 0))
+            self._set(capacity=checked_int("capacity", self.capacity, 0))
         per = self.capacity_per
         if not isinstance(per, str):
-            per = integer("capacity_per", per, 1)
+            per = checked_int("capacity_per", per, 1)
         elif per not in ("batch", "sequence"):
             raise ValueError(f"capacity_per must be 'batch', 'sequence' or a number of tokens; got {per!r}.")
         self._set(
-            min_capacity=integer("min_capacity", self.min_capacity, 0),
-            capacity_rounding=_choice("capacity_rounding", self.capacity_rounding, ROUNDINGS),
-            capacity_multiple_of=integer("capacity_multiple_of", self.capacity_multiple_of, 1),
-            capacity_times_k=_flag("capacity_times_k", self.capacity_times_k),
+            min_capacity=checked_int("min_capacity", self.min_capacity, 0),
+            capacity_rounding=checked_choice("capacity_rounding", self.capacity_rounding, ROUNDINGS),
+            capacity_multiple_of=checked_int("capacity_multiple_of", self.capacity_multiple_of, 1),
+            capacity_times_k=checked_flag("capacity_times_k", self.capacity_times_k),
             capacity_per=per,
-            drop_priority=_choice("drop_priority", self.drop_priority, PRIORITIES),
-            renormalize_after_drop=_flag("renormalize_after_drop", self.renormalize_after_drop),
+            drop_priority=checked_choice("drop_priority", self.drop_priority, PRIORITIES),
+            renormalize_after_drop=checked_flag("renormalize_after_drop", self.renormalize_after_drop),
         )
 
     @property
@@ -312,11 +315,11 @@ class ExpertConfig(_Checked):
 
     def __post_init__(self) -> None:
         self._set(
-            d_ff=integer("d_ff", self.d_ff, 1, 2**31 - 1),
-            form=_choice("form", self.form, FORMS),
-            activation=_choice("activation", self.activation, ACTIVATIONS),
-            bias=_flag("bias", self.bias),
-            weight_on=_choice("weight_on", self.weight_on, WEIGHT_ON),
+            d_ff=checked_int("d_ff", self.d_ff, 1, 2**31 - 1),
+            form=checked_choice("form", self.form, FORMS),
+            activation=checked_choice("activation", self.activation, ACTIVATIONS),
+            bias=checked_flag("bias", self.bias),
+            weight_on=checked_choice("weight_on", self.weight_on, WEIGHT_ON),
         )
 
 
@@ -343,10 +346,10 @@ class SharedExpertConfig(_Checked):
 
     def __post_init__(self) -> None:
         self._set(
-            d_ff=integer("shared d_ff", self.d_ff, 1, 2**31 - 1),
-            gate=_choice("shared gate", self.gate, SHARED_GATES),
-            form=_choice("shared form", self.form, FORMS),
-            activation=_choice("shared activation", self.activation, ACTIVATIONS),
+            d_ff=checked_int("shared d_ff", self.d_ff, 1, 2**31 - 1),
+            gate=checked_choice("shared gate", self.gate, SHARED_GATES),
+            form=checked_choice("shared form", self.form, FORMS),
+            activation=checked_choice("shared activation", self.activation, ACTIVATIONS),
         )
 
 
@@ -388,11 +391,11 @@ class MoEConfig(_Checked):
                 f"got {type(self.aux_losses).__name__}."
             )
         losses = {
-            _choice("aux_losses name", name, AUX_LOSSES): _real(f"aux_losses[{name!r}]", coefficient)
+            checked_choice("aux_losses name", name, AUX_LOSSES): checked_real(f"aux_losses[{name!r}]", coefficient)
             for name, coefficient in self.aux_losses.items()
         }
         self._set(
-            d_model=integer("d_model", self.d_model, 1, 2**31 - 1),
+            d_model=checked_int("d_model", self.d_model, 1, 2**31 - 1),
             aux_losses=losses,
             dtype=as_dtype(self.dtype).name,
         )

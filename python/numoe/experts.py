@@ -31,6 +31,7 @@ class ExpertCache:
 
 
 def expert_options(config: ExpertConfig) -> _core.ExpertOptions:
+    """The core's form of an `ExpertConfig`."""
     check_config(config, ExpertConfig, "experts")
     return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from numoe import _core
-from numoe.config import integer
+from numoe.config import checked_int
 
 
 def set_num_threads(n: int) -> None:
@@ -35,7 +35,7 @@ def set_num_threads(n: int) -> None:
     1
     >>> numoe.set_num_threads(before)
     """
-    _core.set_num_threads(min(integer("num_threads", n, -(2**31)), 2**31 - 1))
+    _core.set_num_threads(min(checked_int("num_threads", n, -(2**31)), 2**31 - 1))
 
 
 def num_threads() -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe import checkpoint, losses
-from numoe._arrays import BoolArray, FloatArray, as_float, as_indices, as_mask
+from numoe._arrays import BoolArray, FloatArray, as_float, as_indices, as_mask, plain_array
 from numoe._steps import (
     SHARED_GATE,
     Branch,
@@ -23,7 +23,7 @@ from numoe._steps import (
     run,
     run_shared,
 )
-from numoe.config import MoEConfig
+from numoe.config import MoEConfig, checked_real
 from numoe.packed import PackedMoELayer
 from numoe.routing import (
     Dispatch,
@@ -103,6 +103,7 @@ class MoEGrads:
 class _Cache:
     """What `backward` needs."""
 
+    params: dict[str, FloatArray]  # the layer's own: tells whose forward this was
     config: MoEConfig
     x: FloatArray  # (T, D), zeros for masked tokens
     router: RouterPass | None  # None: indices and weights came from outside
@@ -243,10 +244,10 @@ class MoELayer:
         """
         tokens, shape, real = self._tokens(x, mask)
         if out is not None:
-            self._check_out(out, x, shape)
-        router = self._router_pass(tokens, None, None)
+            self._check_out(out, tokens, shape)
+        router = self._router_pass(tokens, shape, None, None)
+        check_nan(nan_policy, tokens, router, real)
         routing = self._route(router, real)
-        check_nan(router, real, nan_policy)
         plan = dispatch(routing, self._config.router, self._config.dispatch, sequence_lengths=_lengths(shape))
         y = self._branches(tokens, routing, plan, real, keep_cache=False)[0].reshape(shape)
         if out is None:
@@ -299,12 +300,14 @@ class MoELayer:
         tokens, shape, real = self._tokens(x, mask)
         lengths = _lengths(shape) if sequence_lengths is None else sequence_lengths
         lengths = check_sequence_lengths(lengths, len(tokens))
+        router: RouterPass | None = None
         if _source(logits, indices, weights) == "indices":
-            router, routing, given = None, self._outside_routing(indices, weights, shape, real), np.shape(weights)
+            routing, given = self._outside_routing(indices, weights, shape, real), np.shape(weights)
+            check_nan(nan_policy, tokens, None, real)
         else:
-            router = self._router_pass(tokens, logits, rng)
+            router = self._router_pass(tokens, shape, logits, rng)
+            check_nan(nan_policy, tokens, router, real)
             routing, given = self._route(router, real), None if logits is None else np.shape(logits)
-            check_nan(router, real, nan_policy)
         plan = dispatch(routing, config.router, config.dispatch, sequence_lengths=lengths)
         y, routed, shared = self._branches(tokens, routing, plan, real, keep_cache=True)
         found = aux_losses_of(config, routing, router, lengths)
@@ -315,7 +318,7 @@ class MoELayer:
             dispatch=plan,
             losses=terms,
             aux_loss=math.fsum(term.coefficient * term.value for term in terms.values()),
-            _cache=_Cache(config, tokens, router, routed, shared, found, given),
+            _cache=_Cache(self.params, config, tokens, router, routed, shared, found, given),
         )
 
     def _branches(
@@ -352,10 +355,11 @@ class MoELayer:
         MoEGrads
         """
         cache, config = self._cache_of(out), self._config
-        if np.shape(dy) != out.y.shape:
-            raise ValueError(f"dy must have the shape of out.y, {out.y.shape}; got {np.shape(dy)}.")
-        dy = as_float(dy, "dy", self.dtype).reshape(cache.x.shape)
-        shape = out.y.shape
+        dy, shape = as_float(dy, "dy", self.dtype), out.y.shape
+        if dy.shape != shape:
+            raise ValueError(f"dy must have the shape of out.y, {shape}; got {dy.shape}.")
+        dy = dy.reshape(cache.x.shape)
+        scale = checked_real("d_aux_loss", d_aux_loss, low=-math.inf)
         # y = routed + shared
         dx, dused, dparams = cache.routed.backward(dy, cache.x)
         if cache.shared is not None:
@@ -365,7 +369,7 @@ class MoELayer:
         assert dused is not None
         # used = combine_weights(routing.weights);  aux_loss = Σ coefficient * loss(weights, logits)
         dweights = combine_weights_backward(dused, out.routing, out.dispatch, config.router, config.dispatch)
-        dweights_aux, dlogits_aux = aux_gradients(config, cache.losses, float(d_aux_loss))
+        dweights_aux, dlogits_aux = aux_gradients(config, cache.losses, scale)
         dweights = dweights + dweights_aux
         if cache.router is None:
             params = self._ordered(dparams)
@@ -401,6 +405,8 @@ class MoELayer:
     def _cache_of(self, out: MoEOutput) -> _Cache:
         if not isinstance(out, MoEOutput):
             raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
+        if out._cache.params is not self.params and out._cache.config == self._config:
+            raise ValueError("out comes from another layer; pass this layer's own forward result.")
         if out._cache.config != self._config:
             raise ValueError("out comes from a layer with another configuration; pass this layer's own forward result.")
         self._check_params()
@@ -411,18 +417,18 @@ class MoELayer:
     def _tokens(self, x: Any, mask: Any) -> tuple[FloatArray, tuple[int, ...], BoolArray | None]:
         """X as (T, D) with zeros where masked, its original shape, and the mask (T,)."""
         self._check_params()
+        width, choices = self._config.d_model, self._config.router.top_k
+        if math.prod(getattr(x, "shape", ())[:-1]) * choices >= 2**31:
+            raise OverflowError(f"T * K = {math.prod(x.shape[:-1])} * {choices} must be below 2**31; split the batch.")
         array = as_float(x, "x", self.dtype)
-        width = self._config.d_model
         if array.ndim == 0 or array.shape[-1] != width:
             raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
         shape = array.shape
         tokens = array.reshape(math.prod(shape[:-1]), width)
         if mask is None:
             return tokens, shape, None
-        if np.shape(mask) not in (shape[:-1], (len(tokens),)):
-            raise ValueError(f"mask must have x's leading shape {shape[:-1]}; got {np.shape(mask)}.")
-        real = as_mask(mask, len(tokens))
-        return np.where(real[:, None], tokens, tokens.dtype.type(0)), shape, real
+        valid = as_mask(mask, len(tokens), shape[:-1])
+        return np.where(valid[:, None], tokens, tokens.dtype.type(0)), shape, valid
 
     def _check_params(self) -> None:
         """The parameters are the user's to change; their names, shapes and dtype are not."""
@@ -439,7 +445,7 @@ class MoELayer:
                         f"Assign in place: layer.{kind}[{name!r}][...] = value."
                     )
 
-    def _router_pass(self, x: FloatArray, logits: Any, rng: Any) -> RouterPass:
+    def _router_pass(self, x: FloatArray, shape: tuple[int, ...], logits: Any, rng: Any) -> RouterPass:
         """Logits of the linear router or from outside; jitter, then noise, are drawn in float64 if rng is given."""
         router = self._config.router
         generator = None if rng is None else np.random.default_rng(rng)
@@ -447,8 +453,10 @@ class MoELayer:
         seen: FloatArray | None = None
         if logits is not None:
             clean = as_float(logits, "logits", self.dtype)
-            if clean.ndim == 0 or clean.shape[-1] != router.num_experts or clean.size != len(x) * router.num_experts:
-                raise ValueError(f"logits must have x's leading shape and E = {router.num_experts}; got {clean.shape}.")
+            if clean.shape not in ((*shape[:-1], router.num_experts), (len(x), router.num_experts)):
+                raise ValueError(
+                    f"logits must have x's leading shape {shape[:-1]} and E = {router.num_experts}; got {clean.shape}."
+                )
             clean = clean.reshape(len(x), router.num_experts)
         else:
             seen = x
@@ -466,26 +474,28 @@ class MoELayer:
 
     def _outside_routing(self, indices: Any, weights: Any, shape: tuple[int, ...], real: BoolArray | None) -> Routing:
         """The caller's decision; masked tokens are not routed, and what is not routed weighs 0."""
-        width = (math.prod(shape[:-1]), self._config.router.top_k)
-        if np.size(indices) != math.prod(width) or np.shape(indices) != np.shape(weights):
+        choices = self._config.router.top_k
+        width = (math.prod(shape[:-1]), choices)
+        chosen, value = plain_array(indices, "indices"), as_float(weights, "weights", self.dtype)
+        if chosen.shape != value.shape or chosen.shape not in ((*shape[:-1], choices), width):
             raise ValueError(
-                f"indices and weights must both have x's leading shape and K = {width[1]}; got {np.shape(indices)} "
-                f"and {np.shape(weights)}."
+                f"indices and weights must both have x's leading shape {shape[:-1]} and K = {choices}; got "
+                f"{chosen.shape} and {value.shape}."
             )
-        chosen = as_indices(np.asarray(indices).reshape(width), self._config.router.num_experts)
-        value = as_float(weights, "weights", self.dtype).reshape(width)
+        chosen = as_indices(chosen.reshape(width), self._config.router.num_experts)
+        value = value.reshape(width)
         if real is not None:
             chosen = np.where(real[:, None], chosen, np.int32(-1))
         return Routing(indices=chosen, weights=np.where(chosen >= 0, value, self.dtype.type(0)), mask=real)
 
-    def _check_out(self, out: Any, x: Any, shape: tuple[int, ...]) -> None:
+    def _check_out(self, out: Any, x: FloatArray, shape: tuple[int, ...]) -> None:
         if not isinstance(out, np.ndarray) or out.dtype != self.dtype:
             raise TypeError(f"out must be a {self.dtype} array; got {getattr(out, 'dtype', type(out).__name__)}.")
         if out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
                 f"out must be writable, C-contiguous and of shape {shape}; got {out.shape}, {out.strides=}."
             )
-        if isinstance(x, np.ndarray) and np.shares_memory(out, x):
+        if np.shares_memory(out, x):
             raise ValueError("out overlaps x; pass another array.")
 
     def pack(self, dtype: str | None = None) -> PackedMoELayer:

@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from numoe import _core
 from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask
-from numoe.config import SCORES, _choice, integer, _real
+from numoe.config import SCORES, checked_choice, checked_int, checked_real
 
 __all__ = [
     "CONVENTIONS",
@@ -239,8 +239,8 @@ def load_balance_loss(
            [ 0.02  , -0.02  ],
            [ 0.0467, -0.0467]])
     """
-    convention = _choice("convention", convention, CONVENTIONS)
-    score = _choice("score", score, SCORES)
+    convention = checked_choice("convention", convention, CONVENTIONS)
+    score = checked_choice("score", score, SCORES)
     z = _as_logits(logits)
     chosen = _as_choices(indices, z.shape[0], z.shape[1], "logits")
     real = _as_mask(mask, z.shape[0])
@@ -303,7 +303,7 @@ def importance_loss(
     array([[ 0.1875, -0.3125],
            [ 0.1875, -0.3125]])
     """
-    experts = integer("num_experts", num_experts, 1, 2**31 - 1)
+    experts = checked_int("num_experts", num_experts, 1, 2**31 - 1)
     w = as_float(weights, "weights", ndim=2)
     chosen = _as_choices(indices, w.shape[0], experts, "weights")
     if chosen.shape != w.shape:
@@ -379,7 +379,7 @@ def load_loss(
     noisy = as_float(noisy_logits, "noisy_logits", dtype=z.dtype, ndim=2)
     if noisy.shape != z.shape:
         raise ValueError(f"noisy_logits must have the shape of logits (T, E) = {z.shape}; got {noisy.shape}.")
-    if integer("top_k", top_k, -(2**62)) not in range(1, z.shape[1] + 1):
+    if checked_int("top_k", top_k, -(2**62)) not in range(1, z.shape[1] + 1):
         raise ValueError(f"top_k must be in 1..E ({z.shape[1]}); got {top_k}.")
     real = _as_mask(mask, z.shape[0])
     sigma = _as_noise_std(noise_std, z, real)
@@ -474,7 +474,7 @@ def update_choice_bias(choice_bias: npt.ArrayLike, counts: npt.ArrayLike, rate: 
     array([-0.01,  0.01,  0.  ])
     """
     bias = as_float(choice_bias, "choice_bias", ndim=1)
-    step = _real("rate", rate)
+    step = checked_real("rate", rate)
     load = np.asarray(counts)
     if load.dtype.kind not in "iuf":
         raise TypeError(f"counts must be an array of numbers (E,); got dtype {load.dtype}.")

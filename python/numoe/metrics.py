@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from numoe.config import SCORES, _choice, integer
+from numoe.config import SCORES, checked_choice, checked_int
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -100,7 +100,7 @@ def _load(load: npt.ArrayLike, num_experts: int | None) -> Floats:
         raise TypeError(f"load must be a real array (E,); got dtype {array.dtype}.")
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"load must have shape (E,) with E >= 1; got {array.shape}.")
-    if num_experts is not None and array.size != integer("num_experts", num_experts, 1):
+    if num_experts is not None and array.size != checked_int("num_experts", num_experts, 1):
         raise ValueError(f"load must have one entry per expert, num_experts = {num_experts}; got {array.size}.")
     result = array.astype(np.float64)
     if not (np.isfinite(result) & (result >= 0)).all():
@@ -207,7 +207,7 @@ def expert_load(indices: npt.ArrayLike, num_experts: int, *, mask: Mask = None) 
     >>> expert_load([[0, 1], [0, 2], [0, -1]], num_experts=4)
     array([3, 1, 1, 0])
     """
-    experts = integer("num_experts", num_experts, 1)
+    experts = checked_int("num_experts", num_experts, 1)
     chosen = _indices(indices, experts, mask)
     return np.bincount(chosen[chosen >= 0], minlength=experts).astype(np.int64)
 
@@ -396,7 +396,7 @@ def coactivation(indices: npt.ArrayLike, num_experts: int, *, mask: Mask = None)
            [2, 3, 1],
            [0, 1, 1]])
     """
-    experts = integer("num_experts", num_experts, 1)
+    experts = checked_int("num_experts", num_experts, 1)
     chosen = _indices(indices, experts, mask)
     _check_distinct(chosen, "indices")
     matrix = np.zeros(experts * experts, dtype=np.int64)
@@ -456,7 +456,7 @@ def _log_sum_exp(z: Floats) -> Floats:
 
 def _probabilities(z: Floats, score: str) -> Floats:
     """Scores divided by their sum per token, (T, E); softmax: entries equal to the maximum count exp(0)."""
-    _choice("score", score, SCORES)
+    checked_choice("score", score, SCORES)
     top = z.max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
         if score == "sigmoid":

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from numoe.config import _flag, integer, _real
+from numoe.config import checked_flag, checked_int, checked_real
 
 Array = npt.NDArray[Any]
 Schedule = Callable[[int], float]
@@ -68,7 +68,7 @@ def linear_warmup(warmup_steps: int) -> Schedule:
     >>> [linear_warmup(4)(step) for step in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    return functools.partial(_warmup, warmup_steps=integer("warmup_steps", warmup_steps, 0))
+    return functools.partial(_warmup, warmup_steps=checked_int("warmup_steps", warmup_steps, 0))
 
 
 def linear(total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
@@ -93,9 +93,9 @@ def cosine(total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Sc
 
 
 def _decaying(total_steps: int, warmup_steps: int, final: float, shape: str) -> Schedule:
-    total = integer("total_steps", total_steps, 1)
-    warmup = integer("warmup_steps", warmup_steps, 0, total)
-    factor = _real("final", final, high=1.0)
+    total = checked_int("total_steps", total_steps, 1)
+    warmup = checked_int("warmup_steps", warmup_steps, 0, total)
+    factor = checked_real("final", final, high=1.0)
     return functools.partial(_decay, total_steps=total, warmup_steps=warmup, final=factor, shape=shape)
 
 
@@ -105,7 +105,7 @@ def inverse_sqrt(warmup_steps: int) -> Schedule:
     >>> [inverse_sqrt(2)(step) for step in (0, 1, 7)]
     [0.5, 1.0, 0.5]
     """
-    return functools.partial(_inverse_sqrt, warmup_steps=integer("warmup_steps", warmup_steps, 1))
+    return functools.partial(_inverse_sqrt, warmup_steps=checked_int("warmup_steps", warmup_steps, 1))
 
 
 # --------------------------------------------------------------------------------------- dicts of arrays
@@ -207,8 +207,8 @@ def clip_gradients(grads: Mapping[str, Any], max_norm: float, *, error_if_nonfin
     (array([0.6, 0. ]), array([0.8]))
     """
     unlimited = np.isscalar(max_norm) and max_norm == math.inf
-    limit = math.inf if unlimited else _real("max_norm", max_norm, strict=True)
-    strict = _flag("error_if_nonfinite", error_if_nonfinite)
+    limit = math.inf if unlimited else checked_real("max_norm", max_norm, strict=True)
+    strict = checked_flag("error_if_nonfinite", error_if_nonfinite)
     flat = flatten(grads, "grads")
     _check_writable(flat, "grads")
     norm = _global_norm(flat.values())
@@ -281,7 +281,7 @@ class _Optimizer:
 
     def _checked(self, settings: Mapping[str, float]) -> dict[str, float]:
         """Return `settings` as finite floats in their ranges."""
-        return {name: _real(name, settings[name], high=high) for name, high in self._highs.items()}
+        return {name: checked_real(name, settings[name], high=high) for name, high in self._highs.items()}
 
     def _set(self, settings: Mapping[str, float]) -> None:
         for name, number in settings.items():
@@ -289,8 +289,8 @@ class _Optimizer:
 
     def current_lr(self) -> float:
         """Learning rate of the next step, ``lr * schedule(step_count)``, before per-parameter multipliers."""
-        factor = _real(f"schedule({self.step_count})", self.schedule(self.step_count))
-        return _real("lr", self.lr) * factor
+        factor = checked_real(f"schedule({self.step_count})", self.schedule(self.step_count))
+        return checked_real("lr", self.lr) * factor
 
     def step(self, grads: Mapping[str, Any]) -> None:
         """Change every parameter in place by one step of the method.
@@ -381,7 +381,7 @@ class _Optimizer:
                 raise ValueError(f"state[{name!r}] must have shape {array.shape}; got {given[name].shape}.")
             if given[name].dtype != array.dtype:
                 raise TypeError(f"state[{name!r}] must have dtype {array.dtype}; got {given[name].dtype}.")
-        step_count = integer("state['step_count']", given["step_count"].item(), 0)
+        step_count = checked_int("state['step_count']", given["step_count"].item(), 0)
         settings = self._checked({name: given[name].item() for name in self._highs})
         self.step_count = step_count
         self._set(settings)
@@ -392,7 +392,7 @@ class _Optimizer:
 
 def _multipliers(names: list[str], patterns: Mapping[str, float], argument: str = "lr_multipliers") -> dict[str, float]:
     """Factor of each name: of the first pattern that matches, else 1.  Each pattern must match something."""
-    factors = {pattern: _real(f"{argument}[{pattern!r}]", factor) for pattern, factor in patterns.items()}
+    factors = {pattern: checked_real(f"{argument}[{pattern!r}]", factor) for pattern, factor in patterns.items()}
     for pattern in factors:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"{argument}: {pattern!r} matches no parameter; there are {', '.join(map(repr, names))}.")
@@ -457,7 +457,7 @@ class SGD(_Optimizer):
         lr_multipliers: Mapping[str, float] | None = None,
         no_decay: Iterable[str] = (),
     ) -> None:
-        self.nesterov = _flag("nesterov", nesterov)
+        self.nesterov = checked_flag("nesterov", nesterov)
         if self.nesterov and momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0; got momentum = 0.")
         self._slots = ("velocity",) if momentum else ()
@@ -553,7 +553,7 @@ class AdamW(_Optimizer):
         for name in ("beta1", "beta2"):
             if numbers[name] == 1.0:
                 raise ValueError(f"{name} must be < 1; got 1.0.")
-        return numbers | {"eps": _real("eps", settings["eps"], strict=True)}
+        return numbers | {"eps": checked_real("eps", settings["eps"], strict=True)}
 
     def _update(
         self,

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask, check_distinct
+from numoe._arrays import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    as_float,
+    as_indices,
+    as_mask,
+    check_distinct,
+    plain_array,
+)
 from numoe.config import DispatchConfig, RouterConfig
 
 
@@ -164,6 +173,7 @@ def router_logits_backward(dlogits: Any, x: Any, w_router: Any) -> tuple[FloatAr
 
 
 def router_options(config: RouterConfig) -> _core.RouterOptions:
+    """The core's form of a `RouterConfig`."""
     check_config(config, RouterConfig, "router")
     return _core.RouterOptions(
         top_k=config.top_k,
@@ -371,13 +381,14 @@ def check_sequence_lengths(lengths: Any, num_tokens: int) -> np.ndarray[Any, np.
     """`lengths` as int64, non-negative and summing to T; None stays None."""
     if lengths is None:
         return None
-    array = np.asarray(lengths)
+    array = plain_array(lengths, "sequence_lengths")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"sequence_lengths must be a 1-D sequence of ints; got {lengths!r}.")
-    if (array < 0).any() or int(array.sum()) != num_tokens:
+    total = sum(int(length) for length in array)  # exact: a sum of int64 could wrap around
+    if (array < 0).any() or total != num_tokens:
         raise ValueError(
             f"sequence_lengths must be >= 0 and sum to the number of tokens ({num_tokens}); they sum to "
-            f"{int(array.sum())} with a smallest entry of {int(array.min(initial=0))}."
+            f"{total} with a smallest entry of {int(array.min(initial=0))}."
         )
     return array.astype(np.int64)
 

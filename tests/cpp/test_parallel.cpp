@@ -192,6 +192,28 @@ void test_both_threads_work() {
   CHECK(on_caller == 1 && on_helper == 1);
 }
 
+void test_parked_helpers_are_woken() {
+  for (int threads = 2; threads <= 4; ++threads) {  // the first pass wakes all helpers there are, the next ones some
+    numoe::set_num_threads(threads);
+    parallel_for(100, [](Index) { work_for(microseconds(10)); });
+    std::this_thread::sleep_for(milliseconds(2));
+    test_both_threads_work();
+  }
+}
+
+void test_three_workers_have_three_numbers() {
+  std::atomic<int> begun{0}, numbers{0};
+  parallel_for(
+      3,
+      [&](Index, int worker) {
+        numbers |= 1 << worker;
+        ++begun;
+        while (begun < 3) std::this_thread::yield();
+      },
+      3);
+  CHECK(numbers == 0b111);
+}
+
 void test_waiting_caller_is_woken() {  // by the last helper, not by its own look at the clock every 20 ms
   const auto start = Clock::now();
   for (int round = 0; round < 100; ++round) run_on_both([] {}, [] { std::this_thread::sleep_for(milliseconds(1)); });
@@ -488,10 +510,12 @@ int main(int argc, char** argv) {
   }
   alarm(120);  // a dead-lock is a failure too
   test_thread_counts();
+  test_parked_helpers_are_woken();  // early: it wants a pool with one helper
   test_every_task_runs_once();
   test_worker_numbers_are_exclusive();
   test_ranges();
   test_both_threads_work();
+  test_three_workers_have_three_numbers();
   test_waiting_caller_is_woken();
   test_exceptions_reach_the_caller();
   test_tasks_after_an_exception_are_skipped();

@@ -23,7 +23,7 @@ from numoe import info
 from numoe.demo import pictures, report
 from numoe.demo.data import Batch, Corpus, NoTextError, held_out_batch, load_corpus, ngram_bits
 from numoe.demo.model import ModelConfig
-from numoe.demo.train import Recipe, Result, Trainer, sample, train
+from numoe.demo.training import Recipe, Result, Trainer, sample, train
 from numoe.optim import flatten
 
 STEPS = 1500

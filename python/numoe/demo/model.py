@@ -65,11 +65,12 @@ def rms_norm_backward(dy: Floats, x: Floats, gain: Floats, scale: Floats) -> tup
 
 def cross_entropy(logits: Floats, targets: Bytes) -> tuple[Floats, Floats]:
     """Nats per token (T,) and the gradient (T, 256) of their mean."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    probability = np.exp(shifted)
-    total = probability.sum(axis=1, keepdims=True)
     rows = np.arange(len(targets))
-    nats = np.log(total[:, 0]) - shifted[rows, targets]
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    of_target = shifted[rows, targets]
+    probability = np.exp(shifted, out=shifted)
+    total = probability.sum(axis=1, keepdims=True)
+    nats = np.log(total[:, 0]) - of_target
     probability /= total
     probability[rows, targets] -= 1
     probability /= np.float32(len(targets))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from numoe import metrics
 from numoe.demo.data import Batch, Corpus, Ints
-from numoe.demo.train import Result
+from numoe.demo.training import Result
 
 Floats = npt.NDArray[np.float64]
 
