@@ -39,6 +39,7 @@ def valid_calls() -> dict[str, list[Any]]:
     p = numoe.dispatch(routing, numoe.RouterConfig(num_experts=E, top_k=K))
     layer = numoe.MoELayer(d_model=D, d_ff=F, num_experts=E, top_k=K, rng=0)
     params = {name: value for name, value in layer.params.items() if name != "w_router"}
+    double = {name: value.astype(np.float64) for name, value in layer.params.items()}
     rows, w = np.ones((T * K, D), np.float32), layer.params["w_router"]
     router = [K, "softmax", "sum", 0.0, "add", 1.0, 1, 1, "max"]
     chosen = router_options(*router)
@@ -62,6 +63,10 @@ def valid_calls() -> dict[str, list[Any]]:
         "importance_loss": [WEIGHTS, INDICES, E, mask],
         "load_loss": [LOGITS, LOGITS, np.abs(LOGITS) + 1, K, mask],
         "z_loss": [LOGITS, mask],
+        "PackedLayerFloat32": [layer.params, None, chosen, options, None, options],
+        "PackedLayerFloat64": [double, np.ones(E), chosen, options, double | {"score": np.ones(D)}, options],
+        "PackedLayerBfloat16": [layer.params, w[0], chosen, options, layer.params, options],
+        "PackedLayerFloat32.experts": [X, *order, K, WEIGHTS],
         "RouterOptions": router,
         "ExpertOptions": ["silu", "output"],
         "ReadProbe": [64],
@@ -74,10 +79,18 @@ def router_options(*values: Any) -> Any:
     return _core.RouterOptions(**dict(zip(names, values, strict=True)))
 
 
-# These take keywords only; options that were accepted are then used.
-KEYWORDS: dict[str, Callable[..., Any]] = {
+def packed_experts(*values: Any) -> Any:
+    return _core.PackedLayerFloat32(*valid_calls()["PackedLayerFloat32"]).experts(*values)
+
+
+# What is more than one call: objects that were accepted are then used.
+CALLS: dict[str, Callable[..., Any]] = {
     "RouterOptions": lambda *values: _core.route(LOGITS, router_options(*values), None, None),
     "ExpertOptions": lambda act, on: _core.ExpertOptions(activation=act, weight_on=on),
+    "PackedLayerFloat32": lambda *values: _core.PackedLayerFloat32(*values).forward(X),
+    "PackedLayerFloat64": lambda *values: _core.PackedLayerFloat64(*values).forward(X.astype(np.float64)),
+    "PackedLayerBfloat16": lambda *values: _core.PackedLayerBfloat16(*values).forward(X),
+    "PackedLayerFloat32.experts": packed_experts,
 }
 SAFE = {"num_threads", "available_cpus", "target", "targets", "build_info", "peak_probes"}  # take no arguments
 SLOW = {"probe_peak"}  # runs as long as it is told
@@ -128,6 +141,8 @@ EDGES: list[tuple[str, dict[int, Any]]] = [
         "experts_backward",
         {0: np.zeros((T, 0)), 1: np.zeros((T, 0)), 6: None, 7: NO_WIDTH, 10: None, 11: np.zeros((T * K, 0))},
     ),
+    ("PackedLayerFloat64", {0: {"w_router": np.zeros((0, E))} | NO_WIDTH, 4: None}),
+    ("PackedLayerFloat32.experts", {4: 2**62, 5: None}),
     ("router_logits", {0: np.zeros((T, 0)), 1: np.zeros((0, E)), 2: None}),
     ("router_logits", {0: np.zeros((T, D)), 1: np.zeros((D, 0)), 2: None}),
     ("importance_loss", {2: 2**62}),
@@ -147,7 +162,7 @@ def calls(name: str, count: int = 250) -> Iterator[list[Any]]:
 
 def fuzz(name: str) -> None:
     """Any answer, and any exception that users may meet, is fine.  A crash leaves the number of its call behind."""
-    function = KEYWORDS.get(name, getattr(_core, name))
+    function = CALLS.get(name) or getattr(_core, name)
     function(*valid_calls()[name])
     for number, arguments in enumerate(calls(name)):
         os.pwrite(2, f"{number:9}".encode(), 0)
@@ -159,7 +174,7 @@ def fuzz(name: str) -> None:
 
 def test_the_fuzz_knows_every_function() -> None:
     functions = {name for name in dir(_core) if callable(getattr(_core, name)) and not name.startswith("_")}
-    assert functions == valid_calls().keys() | SAFE | SLOW
+    assert functions == {name.partition(".")[0] for name in valid_calls()} | SAFE | SLOW
 
 
 @pytest.mark.parametrize("name", valid_calls())

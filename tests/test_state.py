@@ -151,7 +151,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "transposed": (lambda s: s | {"w_down": s["w_down"].swapaxes(1, 2)}, "'w_down' .* transposed"),
     "fewer experts": (lambda s: s | {"w_down": s["w_down"][1:]}, r"'w_down' .*\(6, 12, 8\); got \(5, 12, 8\)"),
     "ints": (lambda s: s | {"w_router": np.ones((8, 6), int)}, "'w_router' must be floating-point .*int64"),
-    "complex": (lambda s: s | {"w_router": np.ones((8, 6), complex)}, "'w_router' must be floating-point"),
+    "complex": (lambda s: s | {"w_router": np.ones((8, 6), complex)}, "'w_router' has dtype"),
     "objects": (lambda s: s | {"w_router": np.full((8, 6), None)}, "'w_router' must be floating-point"),
     "raw bytes": (lambda s: s | {"w_router": np.zeros((8, 6), "V4")}, "'w_router' must be floating-point"),
     "ragged": (replaced(w_router=[[1.0], [1.0, 2.0]]), "'w_router'"),

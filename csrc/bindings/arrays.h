@@ -17,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "numoe/view.h"
 
 namespace numoe::bindings {

@@ -12,22 +12,16 @@ constexpr std::initializer_list<std::pair<const char*, Priority>> priorities = {
                                                                                 {"probability", Priority::probability},
                                                                                 {"batch", Priority::batch}};
 
-void check_assignments(Index tokens, Index choices) {
-  if (checked_product(tokens, choices) > std::numeric_limits<std::int32_t>::max()) {
-    throw std::overflow_error("T * K = " + std::to_string(tokens) + " * " + std::to_string(choices) +
-                              " assignments do not fit 32-bit indices; split the batch");
-  }
-}
-
 std::vector<CapacityGroup> capacity_groups(MatrixView<const std::int64_t> groups, Index num_tokens) {
   std::vector<CapacityGroup> result;
   Index end = 0;
+  bool consecutive = true;
   for (Index g = 0; g < groups.rows; ++g) {
     result.push_back({groups(g, 0), groups(g, 1), groups(g, 2)});
-    if (groups(g, 0) != end || groups(g, 1) < end || groups(g, 2) < 0) break;
+    consecutive = consecutive && groups(g, 0) == end && groups(g, 1) >= end && groups(g, 2) >= 0;
     end = groups(g, 1);
   }
-  if (end != num_tokens) throw py::value_error("capacity groups must cover all tokens in order");
+  if (!consecutive || end != num_tokens) throw py::value_error("capacity groups must cover all tokens in order");
   return result;
 }
 
@@ -101,7 +95,7 @@ py::array bind_combine(const py::array& rows_, const py::array& offset_, const p
     auto y = dims.empty<T>("T D");
     auto view = y.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       combine(rows, dispatch, weights, view);
     }
     return y.array;
@@ -124,7 +118,7 @@ py::tuple bind_combine_backward(const py::array& dy_, const py::array& rows_, co
     auto drows_view = drows.matrix();
     auto dweights_view = dweights.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       combine_backward(dy, rows, dispatch, weights, drows_view, dweights_view);
     }
     return py::make_tuple(drows.array, dweights.array);

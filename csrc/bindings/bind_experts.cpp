@@ -50,7 +50,7 @@ py::tuple bind_experts_forward(const py::array& x_, const py::array& offset_, co
     }
     auto view = result.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       experts_forward(x, dispatch, weights, experts, options, combined, cache, view);
     }
     return py::make_tuple(result.array, cache_gate, cache_up);
@@ -114,7 +114,7 @@ py::tuple bind_experts_backward(const py::array& dresult_, const py::array& x_, 
       dweights = array.array;
     }
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       experts_backward(dresult, x, dispatch, weights, experts, options, combined, cache, arrays.grads);
     }
     return py::make_tuple(dx.array, dweights, arrays.params);

@@ -45,7 +45,7 @@ py::tuple load_balance(const py::array& logits_, const py::array& indices_, cons
     double value = 0;
     {
       const auto out = dlogits.matrix();
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       value = load_balance_loss<T>(logits, indices, convention, score, mask, lengths, out);
     }
     return py::make_tuple(value, dlogits.array);
@@ -64,7 +64,7 @@ py::tuple importance(const py::array& weights_, const py::array& indices_, Index
     double value = 0;
     {
       const auto out = dweights.matrix();
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       value = importance_loss<T>(weights, indices, num_experts, mask, out);
     }
     return py::make_tuple(value, dweights.array);
@@ -84,7 +84,7 @@ py::tuple load(const py::array& logits_, const py::array& noisy_logits_, const p
     double value = 0;
     {
       const auto out = dlogits.matrix(), out_noisy = dnoisy.matrix(), out_std = dnoise_std.matrix();
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       value = load_loss<T>(logits, noisy, noise_std, top_k, mask, out, out_noisy, out_std);
     }
     return py::make_tuple(value, dlogits.array, dnoisy.array, dnoise_std.array);
@@ -100,7 +100,7 @@ py::tuple z(const py::array& logits_, const py::object& mask_) {
     double value = 0;
     {
       const auto out = dlogits.matrix();
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       value = z_loss<T>(logits, mask, out);
     }
     return py::make_tuple(value, dlogits.array);

@@ -29,7 +29,7 @@ PackedLayer<S> make_layer(const py::dict& params, const py::object& choice_bias_
     shared = expert_weights<T>(shared_dims, dict);
     score = shared_dims.optional_vector<T>(param(dict, "score"), "w_shared_score", "D");
   }
-  py::gil_scoped_release nogil;
+  ReleasedGil nogil;
   std::optional<PackedBranch<S>> packed_shared;
   if (shared.up) packed_shared.emplace(shared, shared_options);
   return PackedLayer<S>(w_router, b_router, choice_bias, router, PackedBranch<S>(routed, options),
@@ -45,7 +45,7 @@ py::array forward(const PackedLayer<S>& layer, const py::array& x_) {
   auto y = dims.empty<T>("T D");
   auto view = y.matrix();
   {
-    py::gil_scoped_release nogil;
+    ReleasedGil nogil;
     layer.forward(x, view);
   }
   return y.array;
@@ -67,7 +67,7 @@ py::array experts(const PackedLayer<S>& layer, const py::array& x_, const py::ar
   auto y = dims.empty<T>("T D");
   auto view = y.matrix();
   {
-    py::gil_scoped_release nogil;
+    ReleasedGil nogil;
     layer.routed().forward(x, dispatch, weights, view);
   }
   return y.array;

@@ -44,7 +44,7 @@ double probe_peak(const std::string& vectors, const std::string& dtype, int thre
   if (!(seconds > 0 && seconds <= 60)) {
     throw py::value_error("seconds must be > 0 and <= 60; got " + std::to_string(seconds));
   }
-  py::gil_scoped_release nogil;
+  ReleasedGil nogil;
   return dtype == "float32" ? peak_rate(probe.f32, threads, seconds) : peak_rate(probe.f64, threads, seconds);
 }
 
@@ -54,7 +54,7 @@ double read_rate(const ReadProbe& probe, Index bytes, int threads) {
     throw py::value_error("bytes must be in 1.." + std::to_string(probe.size()) + ", the size of the probe; got " +
                           std::to_string(bytes));
   }
-  py::gil_scoped_release nogil;
+  ReleasedGil nogil;
   return probe.rate(bytes, threads);
 }
 
@@ -63,7 +63,7 @@ std::unique_ptr<ReadProbe> make_read_probe(Index bytes) {
   if (bytes < 1 || bytes > limit) {
     throw py::value_error("bytes must be in 1.." + std::to_string(limit) + "; got " + std::to_string(bytes));
   }
-  py::gil_scoped_release nogil;
+  ReleasedGil nogil;
   return std::make_unique<ReadProbe>(bytes);
 }
 

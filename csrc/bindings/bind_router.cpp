@@ -48,7 +48,7 @@ py::array router_logits(const py::array& x_, const py::array& w_, const py::obje
     auto logits = dims.empty<T>("T E");
     auto z = logits.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       matmul(operand(x), operand(w), x.cols, z);
       for (Index t = 0; t < z.rows; ++t) {
         for (Index e = 0; e < static_cast<Index>(b.size()); ++e) z(t, e) += b[static_cast<std::size_t>(e)];
@@ -70,7 +70,7 @@ py::tuple router_logits_backward(const py::array& dlogits_, const py::array& x_,
     auto dx_view = dx.matrix();
     auto dw_view = dw.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       matmul(operand(dz), transposed(operand(w)), dz.cols, dx_view);
       matmul(transposed(operand(x)), operand(dz), x.rows, dw_view);
     }
@@ -92,7 +92,7 @@ py::tuple bind_route(const py::array& logits_, const RouterOptions& options, con
     auto indices_view = indices.matrix();
     auto weights_view = weights.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       route(logits, choice_bias, mask, options, indices_view, weights_view);
     }
     return py::make_tuple(indices.array, weights.array);
@@ -119,7 +119,7 @@ py::array bind_route_backward(const py::array& logits_, const py::array& indices
     auto dlogits = dims.empty<T>("T E");
     auto view = dlogits.matrix();
     {
-      py::gil_scoped_release nogil;
+      ReleasedGil nogil;
       route_backward(logits, indices, dweights, options, view);
     }
     return dlogits.array;

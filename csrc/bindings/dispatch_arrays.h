@@ -1,6 +1,8 @@
 // The three integer arrays of a numoe.Dispatch, checked and viewed: the core indexes memory with them.
 #pragma once
 
+#include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -8,6 +10,14 @@
 #include "numoe/dispatch.h"
 
 namespace numoe::bindings {
+
+inline void check_assignments(Index tokens, Index choices) {
+  if (tokens < 0 || choices < 1) throw py::value_error("T must be >= 0 and K >= 1");
+  if (checked_product(tokens, choices) > std::numeric_limits<std::int32_t>::max()) {
+    throw std::overflow_error("T * K = " + std::to_string(tokens) + " * " + std::to_string(choices) +
+                              " assignments do not fit 32-bit indices; split the batch");
+  }
+}
 
 inline void check_range(std::span<const std::int32_t> values, Index limit, const char* name) {
   for (std::size_t i = 0; i < values.size(); ++i) {
@@ -35,6 +45,7 @@ inline void check_one_row_each(const DispatchView& view, Index num_assignments, 
 // Binds M; needs T, K and E to be bound.
 inline DispatchView dispatch_view(Dims& dims, const py::array& offset_, const py::array& row_token_,
                                   const py::array& row_assignment_) {
+  check_assignments(dims["T"], dims["K"]);
   dims.bind("E+1", dims["E"] + 1);
   DispatchView view{dims.vector<std::int64_t>(offset_, "offsets", "E+1"),
                     dims.vector<std::int32_t>(row_token_, "row_token", "M"),

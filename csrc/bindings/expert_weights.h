@@ -22,6 +22,7 @@ ExpertWeights<T> expert_weights(Dims& dims, const py::dict& params) {
   w.gate_bias = dims.optional_matrix<T>(param(params, "b_gate"), "params['b_gate']", "E F");
   w.up_bias = dims.optional_matrix<T>(param(params, "b_up"), "params['b_up']", "E F");
   w.down_bias = dims.optional_matrix<T>(param(params, "b_down"), "params['b_down']", "E D");
+  if (dims["E"] < 1 || dims["D"] < 1 || dims["F"] < 1) throw py::value_error("E, D and F must be >= 1");
   const bool biased = static_cast<bool>(w.up_bias);
   if (static_cast<bool>(w.down_bias) != biased || static_cast<bool>(w.gate_bias) != (biased && w.glu())) {
     throw py::value_error("params must contain all of the experts' biases or none of them");

@@ -1,5 +1,6 @@
 // numoe._core: four topics, threads and targets.  Private; the public functions are Python.
 #include "bindings/arrays.h"
+#include "bindings/gil.h"
 #include "numoe/kernels/kernels.h"
 #include "numoe/parallel.h"
 
@@ -14,19 +15,18 @@ void bind_probes(py::module_& m);
 
 namespace {
 
-bool interpreter_is_going_away() {
-#if PY_VERSION_HEX >= 0x030D0000
-  return Py_IsFinalizing();
-#else
-  return _Py_IsFinalizing();
-#endif
-}
-
 // Ctrl-C: runs Python's pending signal handlers; they raise in the main thread only.
 void check_signals() {
   if (interpreter_is_going_away()) return;
-  py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  PyGILState_STATE state{};
+  wait_for_gil([&] { state = PyGILState_Ensure(); });
+  const bool raised = PyErr_CheckSignals() != 0;
+  if (raised) {
+    py::error_already_set error;  // takes the Python exception along
+    PyGILState_Release(state);
+    throw error;
+  }
+  PyGILState_Release(state);
 }
 
 py::list targets() {

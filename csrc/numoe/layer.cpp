@@ -28,8 +28,10 @@ MatrixView<const T> bias_view(const std::vector<T>& bias, Index experts) {
   return {bias.data(), experts, cols, cols};
 }
 
-// The dropless plan of T tokens, in buffers that a thread keeps between calls.
-struct Plan {
+// What one pass needs besides the experts' own scratch.
+template <class T>
+struct Pass {
+  std::vector<T> logits, weights, y;
   std::vector<std::int32_t> indices, row_token, row_assignment, assignment_row;
   std::vector<std::int64_t> offset;
 
@@ -43,6 +45,24 @@ struct Plan {
     sort_by_expert(chosen, {}, offset, row_token, row_assignment, matrix(assignment_row, tokens, choices));
     return {offset, row_token, row_assignment};
   }
+};
+
+// A Pass that a thread keeps between calls; a call in the middle of another (from a signal handler) gets a fresh one.
+template <class T>
+class BorrowedPass {
+ public:
+  BorrowedPass() : pass_(std::move(kept())) {}
+  BorrowedPass(const BorrowedPass&) = delete;
+  BorrowedPass& operator=(const BorrowedPass&) = delete;
+  ~BorrowedPass() { kept() = std::move(pass_); }
+  Pass<T>* operator->() { return &pass_; }
+
+ private:
+  static Pass<T>& kept() {
+    thread_local Pass<T> pass;
+    return pass;
+  }
+  Pass<T> pass_;
 };
 
 }  // namespace
@@ -84,39 +104,37 @@ Index PackedLayer<S>::bytes() const {
 
 template <class S>
 void PackedLayer<S>::forward(MatrixView<const T> x, MatrixView<T> y) const {
-  thread_local std::vector<T> logits_buffer, weights_buffer;
-  thread_local Plan plan;
+  BorrowedPass<T> pass;
   const Index tokens = x.rows, choices = router_.top_k;
-  const auto logits = matrix(logits_buffer, tokens, num_experts());
-  const auto weights = matrix(weights_buffer, tokens, choices);
-  const auto indices = matrix(plan.indices, tokens, choices);
+  const auto logits = matrix(pass->logits, tokens, num_experts());
+  const auto weights = matrix(pass->weights, tokens, choices);
+  const auto indices = matrix(pass->indices, tokens, choices);
   multiply_packed(operand(x), router_panels_.data(), x.cols, logits);
   for (Index t = 0; t < tokens && !b_router_.empty(); ++t) {
     for (Index e = 0; e < logits.cols; ++e) logits(t, e) += b_router_[static_cast<std::size_t>(e)];
   }
   route<T>(logits, choice_bias_, {}, router_, indices, weights);
-  routed_.forward(x, plan.sort(tokens, choices, num_experts()), weights, y);
+  routed_.forward(x, pass->sort(tokens, choices, num_experts()), weights, y);
   if (shared_) add_shared(x, y);
 }
 
 // The shared expert is an MoE of one expert that every token visits, with weight sigmoid(x · score) or 1.
 template <class S>
 void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
-  thread_local std::vector<T> score_buffer, weights_buffer, y_buffer;
-  thread_local Plan plan;
-  const auto weights = matrix(weights_buffer, x.rows, 1);
-  const auto indices = matrix(plan.indices, x.rows, 1);
+  BorrowedPass<T> pass;
+  const auto weights = matrix(pass->weights, x.rows, 1);
+  const auto indices = matrix(pass->indices, x.rows, 1);
   std::fill_n(indices.data, x.rows, 0);
   MatrixView<const T> used{};
   if (!shared_score_.empty()) {
-    const auto score = matrix(score_buffer, x.rows, 1);
+    const auto score = matrix(pass->logits, x.rows, 1);
     matmul(operand(x), Operand<T>{shared_score_.data(), 1, 1}, x.cols, score);
     const RouterOptions gate{.top_k = 1, .score = Score::sigmoid, .normalize = Normalize::none};
     route<T>(score, {}, {}, gate, indices, weights);
     used = weights;
   }
-  const auto y_shared = matrix(y_buffer, y.rows, y.cols);
-  shared_->forward(x, plan.sort(x.rows, 1, 1), used, y_shared);
+  const auto y_shared = matrix(pass->y, y.rows, y.cols);
+  shared_->forward(x, pass->sort(x.rows, 1, 1), used, y_shared);
   for (Index t = 0; t < y.rows; ++t) {
     for (Index j = 0; j < y.cols; ++j) y(t, j) += y_shared(t, j);
   }

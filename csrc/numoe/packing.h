@@ -125,37 +125,44 @@ Index column_block(Index depth, Index cols, Index width, Index tasks) {
   return std::max<Index>(width, std::min(fitting, shared + width - 1) / width * width);
 }
 
-// This thread's scratch number `Slot`: at least `size` uninitialised numbers, kept until the thread ends, so that calls
-// do not fault in fresh pages each time.  One slot has one user at a time: tasks use 0..2, whole calls (Workspace) the rest.
+// This thread's buffer number `Slot`, kept until the thread ends, so that calls do not fault in fresh pages each time.
 template <class T, int Slot>
-Buffer<T>& scratch_buffer(Index size) {
+Buffer<T>& kept_buffer() {
   thread_local Buffer<T> buffer;
+  return buffer;
+}
+
+// A task's scratch: at least `size` uninitialised numbers, until the task ends.
+template <class T, int Slot>
+T* scratch(Index size) {
+  Buffer<T>& buffer = kept_buffer<T, Slot>();
   if (buffer.size() < size) {
     buffer = Buffer<T>();
     buffer = Buffer<T>(size);
   }
-  return buffer;
-}
-template <class T, int Slot>
-T* scratch(Index size) {
-  return scratch_buffer<T, Slot>(size).data();
+  return buffer.data();
 }
 
-// A call's own scratch; what one unusually large call needed is given back afterwards.
+// A call's scratch, in slots of their own (3 and up).  The call owns the kept buffer while it runs - a signal handler may
+// call the library in its middle, on the same thread - and gives it back unless it is unusually large.
 template <class T, int Slot>
 class Workspace {
  public:
-  explicit Workspace(Index size) : buffer_(scratch_buffer<T, Slot>(size)) {}
+  explicit Workspace(Index size) : buffer_(std::move(kept_buffer<T, Slot>())) {
+    if (buffer_.size() >= size) return;
+    buffer_ = Buffer<T>();
+    buffer_ = Buffer<T>(size);
+  }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
     constexpr Index kept_bytes = Index{64} << 20;
-    if (buffer_.size() * static_cast<Index>(sizeof(T)) > kept_bytes) buffer_ = Buffer<T>();
+    if (buffer_.size() * static_cast<Index>(sizeof(T)) <= kept_bytes) kept_buffer<T, Slot>() = std::move(buffer_);
   }
   T* data() { return buffer_.data(); }
 
  private:
-  Buffer<T>& buffer_;
+  Buffer<T> buffer_;
 };
 
 }  // namespace numoe

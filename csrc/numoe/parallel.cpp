@@ -32,7 +32,7 @@ constexpr auto kCheckInterval = std::chrono::milliseconds(20);
 constexpr auto kRetryInterval = std::chrono::seconds(1);
 constexpr std::size_t kLine = 128;  // bytes; two cache lines on x86 (fetched in pairs), one on Apple's ARM
 
-// ---- How many threads -------------------------------------------------------------------------------------
+// ── How many threads ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 std::atomic<int> chosen_threads{0};   // 0: not set
 std::atomic<int> default_threads{0};  // 0: not set
@@ -72,8 +72,8 @@ int quota_of_directory(const std::string& directory) {
   return quota_cpus(quota, period);
 }
 
-// The tightest quota of a group and its ancestors. Inside a container the path may be the host's and most of
-// it invisible; files that do not exist do not limit.
+// The tightest quota of a group and its ancestors. Inside a container the path may be the host's and most of it
+// invisible; files that do not exist do not limit.
 int quota_of_group(const std::string& mount, std::string path) {
   int cpus = quota_of_directory(mount);
   while (path.size() > 1) {
@@ -107,7 +107,7 @@ int cgroup_cpus() { return kMaxThreads; }
 
 #endif
 
-// ---- Waiting ----------------------------------------------------------------------------------------------
+// ── Waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 void pause_cpu() {
 #ifdef __SSE2__
@@ -129,7 +129,7 @@ bool spin_until(Ready ready) {
   return false;
 }
 
-// ---- What a thread knows about itself ---------------------------------------------------------------------
+// ── What a thread knows about itself ─────────────────────────────────────────────────────────────────────────────────
 
 thread_local bool is_helper = false;          // started by the pool
 thread_local Clock::time_point last_check{};  // outlives a call: many short calls in a row are checked too
@@ -172,7 +172,7 @@ void leave_signals_to_others() {
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
 }
 
-// ---- The pool ---------------------------------------------------------------------------------------------
+// ── The pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 struct Job {
   Index num_tasks = 0;

@@ -46,7 +46,7 @@ def save(path: Any, state: Mapping[str, npt.NDArray[Any]], *, config: Mapping[st
     if target.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors; got {target.name!r}.")
     metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
-    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(handle)
     try:
@@ -55,6 +55,9 @@ def save(path: Any, state: Mapping[str, npt.NDArray[Any]], *, config: Mapping[st
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
+    except safetensors.SafetensorError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"{target} cannot be written: {error}") from None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -82,7 +85,9 @@ def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
             f"{target}: {target.suffix} files may run code when they are read, so numoe does not read them.  Convert "
             "it with safetensors.torch.save_file in the program that wrote it."
         )
-    with target.open("rb"):  # OSError with the path: missing, a directory, no permission
+    if not target.is_file() and target.exists():
+        raise CheckpointError(f"{target} is not a regular file.")
+    with target.open("rb"):  # OSError with the path: missing, or no permission
         pass
     try:
         with safetensors.safe_open(target, framework="np") as file:
@@ -93,49 +98,48 @@ def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
                     f"(format {metadata.get('format')!r}, expected {FORMAT!r})."
                 )
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return state, _parse_config(metadata.get("config", ""))
-    except CheckpointError:
-        raise
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not know
         raise CheckpointError(f"{target}: not a complete safetensors file: {error}") from None
+    return state, _parse_config(metadata.get("config", ""), target)
 
 
-def _parse_config(text: str) -> dict[str, Any]:
-    config = json.loads(text)
+def _parse_config(text: str, source: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: the configuration inside is not valid: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"its configuration is {type(config).__name__}, not an object")
+        raise CheckpointError(f"{source}: the configuration inside is not valid: a {type(config).__name__}.")
     return config
 
 
-def check_state(
+def checked_state(
     state: Mapping[str, Any],
     expected: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
     *,
     source: str = "state",
     strict: bool = True,
-) -> list[str]:
-    """Names, shapes and dtypes of `state` against what is expected; returns the odd names if not strict."""
+) -> tuple[dict[str, npt.NDArray[Any]], list[str]]:
+    """The expected arrays found in `state`, in their dtype, and the names that are missing or unexpected."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     if strict and (missing or unexpected):
-        parts = [
-            f"{kind}: {_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
+        found = (("missing", missing), ("unexpected", unexpected))
+        parts = [f"{kind}: {_some(names)}" for kind, names in found if names]
         raise CheckpointError(f"{source}: {'; '.join(parts)}.  Pass strict=False to load what fits.")
+    arrays = {}
     for name, (shape, dtype) in expected.items():
         if name not in state:
             continue
-        value = np.asarray(state[name])
+        try:
+            value = arrays[name] = as_float(state[name], repr(name), dtype)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: {error}") from None
         if value.shape != shape:
-            hint = ""
-            if value.ndim >= 2 and value.shape == (*shape[:-2], shape[-1], shape[-2]):
-                hint = "  It is transposed: numoe's weights read like NumPy, x @ w."
+            transposed = value.ndim >= 2 and value.shape == (*shape[:-2], shape[-1], shape[-2])
+            hint = "  It is transposed: numoe's weights read like NumPy, x @ w." if transposed else ""
             raise CheckpointError(f"{source}: {name!r} must have shape {shape}; got {value.shape}.{hint}")
-        if value.dtype.kind not in "fV" or (
-            value.dtype != dtype and value.dtype.kind == "V" and value.dtype.names is not None
-        ):
-            raise CheckpointError(f"{source}: {name!r} must be floating-point like {dtype}; got {value.dtype}.")
-    return missing + unexpected
+    return arrays, missing + unexpected
 
 
 def _some(names: list[str]) -> str:
@@ -147,11 +151,14 @@ def copy_state(state: Mapping[str, npt.ArrayLike], own: Mapping[str, npt.NDArray
     """Copy `state` into the arrays of `own`; everything is checked before the first byte moves."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state must map names to arrays; got {type(state).__name__}.")
-    odd = check_state(state, {name: (value.shape, value.dtype) for name, value in own.items()}, strict=strict)
-    for name, value in own.items():
-        if name in state and not value.flags.writeable:
+    expected = {name: (value.shape, value.dtype) for name, value in own.items()}
+    arrays, odd = checked_state(state, expected, strict=strict)
+    for name in arrays:
+        if not own[name].flags.writeable:
             raise ValueError(f"read-only parameter {name!r}; replace it by a writable copy first.")
-    converted = {name: as_float(state[name], repr(name), own[name].dtype) for name in own if name in state}
-    for name, value in converted.items():
+    for name, value in arrays.items():  # one parameter of the layer may come as another's new value
+        if any(other != name and np.may_share_memory(value, array) for other, array in own.items()):
+            arrays[name] = value.copy()
+    for name, value in arrays.items():
         own[name][...] = value
     return odd

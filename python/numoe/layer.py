@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe import checkpoint, losses
-from numoe._arrays import BoolArray, FloatArray, as_float, as_indices, as_mask, plain_array
+from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask, plain_array
 from numoe._steps import (
     SHARED_GATE,
     Branch,
@@ -223,7 +223,13 @@ class MoELayer:
     # ── forward ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def __call__(
-        self, x: Any, *, mask: Any = None, out: FloatArray | None = None, nan_policy: str = "propagate"
+        self,
+        x: Any,
+        *,
+        mask: Any = None,
+        rng: Any = None,
+        out: FloatArray | None = None,
+        nan_policy: str = "propagate",
     ) -> FloatArray:
         """Inference: ``y`` alone, keeping nothing for a backward.
 
@@ -233,6 +239,8 @@ class MoELayer:
             Any leading shape, restored in the result; (D,) is one token.
         mask : (...) bool, optional
             True for real tokens; the others get y = 0.
+        rng : anything `numpy.random.default_rng` accepts, optional
+            Switches the configured jitter and noise on.
         out : (..., D) array, optional
             Where to put the result; may not overlap `x`.
         nan_policy : {"propagate", "raise"}
@@ -245,7 +253,7 @@ class MoELayer:
         tokens, shape, real = self._tokens(x, mask)
         if out is not None:
             self._check_out(out, tokens, shape)
-        router = self._router_pass(tokens, shape, None, None)
+        router = self._router_pass(tokens, shape, None, rng)
         check_nan(nan_policy, tokens, router, real)
         routing = self._route(router, real)
         plan = dispatch(routing, self._config.router, self._config.dispatch, sequence_lengths=_lengths(shape))
@@ -298,6 +306,8 @@ class MoELayer:
         """
         config = self._config
         tokens, shape, real = self._tokens(x, mask)
+        if np.may_share_memory(tokens, x):
+            tokens = tokens.copy()  # x may be overwritten before the backward reads it
         lengths = _lengths(shape) if sequence_lengths is None else sequence_lengths
         lengths = check_sequence_lengths(lengths, len(tokens))
         router: RouterPass | None = None
@@ -589,9 +599,13 @@ class MoELayer:
         layer = cls.__new__(cls)
         layer._config = config
         shapes = config.param_shapes() | config.buffer_shapes()
-        checkpoint.check_state(state, {n: (s, layer.dtype) for n, s in shapes.items()}, source=str(path))
-        layer.params = {name: state[name] for name in config.param_shapes()}
-        layer.buffers = {name: state[name] for name in config.buffer_shapes()}
+        for name, value in state.items():
+            if name in shapes and value.dtype != layer.dtype:
+                raise checkpoint.CheckpointError(f"{path}: {name!r} must be {layer.dtype}; got {value.dtype}.")
+        expected = {name: (shape, layer.dtype) for name, shape in shapes.items()}
+        arrays, _ = checkpoint.checked_state(state, expected, source=str(path))
+        layer.params = {name: arrays[name] for name in config.param_shapes()}
+        layer.buffers = {name: arrays[name] for name in config.buffer_shapes()}
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -636,6 +650,6 @@ def _source(logits: Any, indices: Any, weights: Any) -> str:
     return names[0] if names else "x"
 
 
-def _lengths(shape: tuple[int, ...]) -> list[int] | None:
+def _lengths(shape: tuple[int, ...]) -> IntArray | None:
     """Sequence lengths of x by its shape: all but the last two axes count sequences."""
-    return [shape[-2]] * math.prod(shape[:-2]) if len(shape) > 2 else None
+    return np.full(math.prod(shape[:-2]), shape[-2], np.int32) if len(shape) > 2 else None

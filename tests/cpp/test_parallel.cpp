@@ -110,7 +110,7 @@ bool child_succeeds(Body body) {
   return status == 0;
 }
 
-// ---- Numbers of threads -----------------------------------------------------------------------------------
+// ── Numbers of threads ───────────────────────────────────────────────────────────────────────────────────────────────
 
 void test_thread_counts() {
   CHECK(numoe::available_cpus() >= 1);
@@ -130,7 +130,7 @@ void test_thread_counts() {
   CHECK(numoe::num_threads() == numoe::kMaxThreads);
 }
 
-// ---- Every task once --------------------------------------------------------------------------------------
+// ── Every task once ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 void test_every_task_runs_once() {
   for (int threads = 1; threads <= 8; ++threads) {
@@ -195,8 +195,8 @@ void test_both_threads_work() {
 void test_parked_helpers_are_woken() {
   for (int threads = 2; threads <= 4; ++threads) {  // the first pass wakes all helpers there are, the next ones some
     numoe::set_num_threads(threads);
-    parallel_for(100, [](Index) { work_for(microseconds(10)); });
-    std::this_thread::sleep_for(milliseconds(2));
+    test_both_threads_work();
+    std::this_thread::sleep_for(milliseconds(20));
     test_both_threads_work();
   }
 }
@@ -220,7 +220,7 @@ void test_waiting_caller_is_woken() {  // by the last helper, not by its own loo
   CHECK(seconds_since(start) < 1.5);
 }
 
-// ---- Exceptions -------------------------------------------------------------------------------------------
+// ── Exceptions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 void test_exceptions_reach_the_caller() {
   const auto fail = [] { throw std::runtime_error("expert 3 is ill"); };
@@ -231,6 +231,27 @@ void test_exceptions_reach_the_caller() {
     CHECK(message_of([&] { run_on_both(fail, fail); }) == "expert 3 is ill");
     CHECK(sum_in_parallel(100) == 4950);
   }
+}
+
+void test_running_tasks_end_before_the_exception_arrives() {
+  std::atomic<bool> ended{false};
+  const auto slow = [&] {
+    std::this_thread::sleep_for(milliseconds(20));
+    ended = true;
+  };
+  CHECK(message_of([&] { run_on_both([] { throw std::runtime_error("early"); }, slow); }) == "early" && ended);
+}
+
+void test_exception_of_a_helper_stops_the_caller() {
+  const auto caller = std::this_thread::get_id();
+  std::atomic<Index> runs{0};
+  const auto task = [&](Index) {
+    ++runs;
+    if (std::this_thread::get_id() != caller) throw std::runtime_error("helper");
+    while (runs < 2) std::this_thread::yield();
+    work_for(microseconds(10));
+  };
+  CHECK(message_of([&] { parallel_for(1'000'000, task, 2); }) == "helper" && runs < 100'000);
 }
 
 void test_tasks_after_an_exception_are_skipped() {
@@ -253,7 +274,7 @@ void test_tasks_after_an_exception_are_skipped() {
   }
 }
 
-// ---- Nesting, many callers, fork --------------------------------------------------------------------------
+// ── Nesting, many callers, fork ──────────────────────────────────────────────────────────────────────────────────────
 
 void test_nested_calls() {
   numoe::set_num_threads(4);
@@ -341,7 +362,7 @@ void test_threads_refused() {
 #endif
 }
 
-// ---- Interrupts -------------------------------------------------------------------------------------------
+// ── Interrupts ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 struct Interrupted {};
 std::atomic<bool> interrupt_now{false};
@@ -425,7 +446,7 @@ void test_thread_that_ends_in_the_check() {
 #endif
 }
 
-// ---- Floating point mode, stress --------------------------------------------------------------------------
+// ── Floating point mode, stress ──────────────────────────────────────────────────────────────────────────────────────
 
 void test_float_mode_follows_the_caller() {
 #ifdef __SSE2__
@@ -460,7 +481,7 @@ void test_many_tiny_calls() {
   }
 }
 
-// ---- What a call costs ------------------------------------------------------------------------------------
+// ── What a call costs ────────────────────────────────────────────────────────────────────────────────────────────────
 
 // Median time of one call of `body`, in microseconds. Before each, the caller works alone for `gap`.
 template <class Body>
@@ -518,6 +539,8 @@ int main(int argc, char** argv) {
   test_three_workers_have_three_numbers();
   test_waiting_caller_is_woken();
   test_exceptions_reach_the_caller();
+  test_running_tasks_end_before_the_exception_arrives();
+  test_exception_of_a_helper_stops_the_caller();
   test_tasks_after_an_exception_are_skipped();
   test_nested_calls();
   test_many_callers();

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 import sysconfig
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -86,7 +85,7 @@ def _files(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def _names(per_document: int = 64) -> Iterator[str]:
-    names = (unicodedata.name(chr(code), "") for code in range(sys.maxunicode + 1))
+    names = (unicodedata.name(chr(code), "") for code in range(0x20000))  # planes 0 and 1: all but ideographs
     kept = [name for name in names if name and not name.startswith(_ALGORITHMIC)]
     for start in range(0, len(kept), per_document):
         yield "\n".join(kept[start : start + per_document]) + "\n"

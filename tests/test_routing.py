@@ -1,0 +1,183 @@
+"""Choosing experts: a function of the logits alone, total on all floating-point numbers, ties to the lowest index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numoe
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numoe import reference
+from numoe.config import NORMALIZATIONS, SCORES
+from numoe.testing import assert_bitwise_equal, assert_close
+
+laws = settings(derandomize=True, max_examples=40, deadline=None)
+Options = dict[str, Any]
+
+
+def route(logits: Any, k: int, dtype: Any = np.float64, **options: Any) -> numoe.Routing:
+    z = np.atleast_2d(np.asarray(logits, dtype))
+    return numoe.route(z, numoe.RouterConfig(num_experts=z.shape[1], top_k=k, **options))
+
+
+def best(keys: np.ndarray, k: int) -> np.ndarray:
+    """The k largest keys of each row, NaN last, ties by index: Python's stable sort."""
+    return np.array(
+        [sorted(range(len(row)), key=lambda e: (row[e] != row[e], -row[e], e))[:k] for row in keys.tolist()]
+    )
+
+
+# ── any bits
+
+
+@st.composite
+def any_logits(draw: Any) -> np.ndarray:
+    """(T, E): arbitrary bit patterns, many of them special or equal; no row is all -inf."""
+    bits, kind = draw(st.sampled_from([(np.uint32, np.float32), (np.uint64, np.float64)]))
+    shape = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    z = rng.integers(0, np.iinfo(bits).max, shape, bits, endpoint=True).view(kind)
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, np.finfo(kind).max, 1e-40], kind)
+    z = np.where(rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 1.0])), rng.choice(special, shape), z)
+    z[np.all(z == -np.inf, axis=1), -1] = 0.0
+    return z
+
+
+@pytest.mark.parametrize("score", SCORES)
+@laws
+@given(z=any_logits(), data=st.data())
+def test_choices_are_the_largest_logits_for_any_bits(score: str, z: np.ndarray, data: Any) -> None:
+    k = data.draw(st.integers(1, z.shape[1]))
+    routing = route(z, k, z.dtype, score=score)
+    assert np.array_equal(routing.indices, best(z, k))
+    assert routing.indices.dtype == np.int32 and routing.weights.dtype == z.dtype
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("score", SCORES)
+@laws
+@given(z=any_logits(), data=st.data())
+def test_weights_are_those_of_the_reference_for_any_bits(score: str, normalize: str, z: np.ndarray, data: Any) -> None:
+    k = data.draw(st.integers(1, z.shape[1]))
+    eps = data.draw(st.sampled_from([0.0, 1e-3]))
+    config = numoe.RouterConfig(
+        num_experts=z.shape[1], top_k=k, score=score, normalize=normalize, normalize_eps=eps, scale=1.5
+    )
+    actual, expected = numoe.route(z, config), reference.route(z, config)
+    finite = expected.weights[np.isfinite(expected.weights)]
+    assert_close(actual.weights, expected.weights, scale=max(1.0, abs(finite).max(initial=0)))
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+@pytest.mark.parametrize("score", SCORES)
+@laws
+@given(seed=st.integers(0, 2**32 - 1), biased=st.booleans(), kept=st.integers(1, 4))
+def test_groups_and_choice_bias(score: str, group_score: str, seed: int, biased: bool, kept: int) -> None:
+    """Logits and bias on grids whose sums are either equal or clearly different in any score."""
+    rng = np.random.default_rng(seed)
+    z = rng.choice([-1.5, -0.5, 0.0, 0.75, 2.0], (5, 12))
+    bias = rng.choice([0.0, 0.013, -0.21], 12) if biased else None
+    config = numoe.RouterConfig(
+        num_experts=12, top_k=3, score=score, num_groups=4, groups_kept=kept, group_score=group_score
+    )
+    routing = numoe.route(z, config, choice_bias=bias)
+    keys = reference.routing.score(score, z) + (0.0 if bias is None else bias)
+    groups = np.sort(keys.reshape(5, 4, 3), axis=2)[..., -(1 if group_score == "max" else 2) :].sum(axis=2)
+    allowed = np.zeros((5, 12), bool)
+    for t, chosen in enumerate(best(groups.round(12), kept)):
+        allowed[t] = np.isin(np.arange(12) // 3, chosen)
+    assert np.array_equal(routing.indices, best(np.where(allowed, keys.round(12), -np.inf), 3))
+
+
+# ── special rows
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_b56_nan_rows_choose_distinct_experts(score: str) -> None:
+    routing = route([[np.nan] * 5, [1, np.nan, 3, np.nan, np.nan]], 3, score=score)
+    assert routing.indices.tolist() == [[0, 1, 2], [2, 0, 1]]
+    assert np.isnan(routing.weights[0]).all()
+
+
+def test_b57_minus_infinity_excludes() -> None:
+    routing = route([-np.inf, 2.0, -np.inf, 1.0], 2)
+    assert routing.indices.tolist() == [[1, 3]]
+    fewer = route([-np.inf, 2.0, -np.inf, -np.inf], 3)  # fewer finite logits than choices
+    assert fewer.indices.tolist() == [[1, 0, 2]] and fewer.weights.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_b58_plus_infinity_takes_all_or_shares() -> None:
+    assert route([1.0, np.inf, 3.0], 2).weights.tolist() == [[1.0, 0.0]]
+    shared = route([np.inf, 1.0, np.inf], 3)
+    assert shared.indices.tolist() == [[0, 2, 1]] and shared.weights.tolist() == [[0.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+def test_b59_equal_logits_share_equally(k: int, dtype: Any, score: str) -> None:
+    for value in (0.0, -30.0, 1e4, -1e30):
+        routing = route([value] * 7, k, dtype, score=score)
+        assert routing.indices.tolist() == [list(range(k))]
+        assert np.all(routing.weights == dtype(1) / dtype(k))
+
+
+def test_b60_signed_zeros_tie() -> None:
+    assert route([-0.0, 0.0, -0.0], 3).indices.tolist() == [[0, 1, 2]]
+    assert route([0.0, -0.0, 0.0], 3).indices.tolist() == [[0, 1, 2]]
+
+
+def test_b61_all_experts_and_b62_one_expert() -> None:
+    z = np.random.default_rng(0).standard_normal((9, 6))
+    routing = route(z, 6)
+    dense = np.take_along_axis(np.exp(z) / np.exp(z).sum(axis=1, keepdims=True), routing.indices, axis=1)
+    assert_close(routing.weights, dense)
+    assert all(sorted(row) == list(range(6)) for row in routing.indices.tolist())
+    assert np.all(route(z[:, :1], 1).weights == 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_ulp_decides(dtype: Any) -> None:
+    for value in (1.0, -1.0, 1e-40, 1e30):
+        z = np.array([value, np.nextafter(dtype(value), dtype(np.inf)), value], dtype)
+        assert route(z, 3, dtype).indices.tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_far_apart_and_huge_logits(score: str, dtype: Any) -> None:
+    """Weights underflow to exact zeros, but the choice goes by the logits, and nothing is 0/0."""
+    with np.errstate(all="raise"):
+        for z in ([-1e4, -2e4, -3e4, -4e4], [3e38, -3e38, 1e4, -1e4], [-3e38, -2e38, -1e38, -3.3e38]):
+            routing = route(z, 3, dtype, score=score)
+            assert np.array_equal(routing.indices, best(np.array([z]), 3))
+            assert np.isfinite(routing.weights).all()
+            assert routing.weights.sum() == pytest.approx(1, rel=1e-6)
+
+
+def test_the_choice_bias_never_enters_the_weight() -> None:
+    z = np.random.default_rng(1).standard_normal((20, 4))
+    config = numoe.RouterConfig(num_experts=4, top_k=4, score="sigmoid")
+    plain, biased = numoe.route(z, config), numoe.route(z, config, choice_bias=np.array([3.0, -1.0, 0.5, 0.0]))
+    for routing, other in ((plain, biased), (biased, plain)):
+        order = np.argsort(routing.indices, axis=1)
+        assert_close(
+            np.take_along_axis(routing.weights, order, 1),
+            np.take_along_axis(other.weights, np.argsort(other.indices, axis=1), 1),
+        )
+    assert np.all(biased.indices[:, 0] == 0)
+
+
+def test_masked_tokens_are_not_looked_at() -> None:
+    z = np.random.default_rng(2).standard_normal((6, 4))
+    mask = np.array([True, False, True, True, False, True])
+    config = numoe.RouterConfig(num_experts=4, top_k=2)
+    clean = numoe.route(z, config)
+    z[~mask] = [[-np.inf] * 4, [np.nan] * 4]
+    routing = numoe.route(z, config, mask=mask)
+    assert_bitwise_equal(routing.indices[mask], clean.indices[mask])
+    assert_bitwise_equal(routing.weights[mask], clean.weights[mask])
+    assert np.all(routing.indices[~mask] == -1) and np.all(routing.weights[~mask] == 0)
+    assert not numoe.route_backward(np.ones((6, 2)), routing, config)[~mask].any()
