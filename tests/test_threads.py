@@ -128,7 +128,9 @@ def forward_in_child(threads: int) -> bytes:
     numoe.set_num_threads(threads)
     layer, x = make(), tokens(1, 300)
     out = layer.forward(x)
-    return out.y.tobytes() + layer.backward(x, out).x.tobytes()
+    result = out.y.tobytes() + layer.backward(x, out).x.tobytes()
+    assert len(os.listdir("/proc/self/task")) >= threads  # a pool of its own, not the memory of its parent's
+    return result
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -67,6 +67,12 @@ class Pipeline {
   }
   Index rows_of(const ExpertRange& range) const { return dispatch_.begin(range.end) - dispatch_.begin(range.begin); }
 
+  Index most_rows(const ExpertRange& range) const {
+    Index most = 0;
+    for (Index e = range.begin; e < range.end; ++e) most = std::max(most, dispatch_.rows(e));
+    return most;
+  }
+
   // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.
   template <class Pieces, class Body>
   void for_pieces(const ExpertRange& range, Pieces pieces, Body body) const {
@@ -128,8 +134,12 @@ class PanelsOnTheFly {
   explicit PanelsOnTheFly(const ExpertWeights<T>& weights) : w_(weights) {}
 
   bool glu() const { return w_.glu(); }
-  Index up_block(Index tasks) const { return column_block<T>(2 * w_.d_model(), w_.d_ff(), W_, tasks); }
-  Index down_block(Index tasks) const { return column_block<T>(w_.d_ff(), w_.d_model(), W_, tasks); }
+  Index up_block(Index tasks, Index rows) const {
+    return packed_column_block<T>(2 * w_.d_model(), w_.d_ff(), W_, tasks, rows);
+  }
+  Index down_block(Index tasks, Index rows) const {
+    return packed_column_block<T>(w_.d_ff(), w_.d_model(), W_, tasks, rows);
+  }
 
   void begin_up(Index e, Index col, Index cols) {
     const Index size = num_panels(cols, W_) * W_ * w_.d_model();
@@ -162,8 +172,8 @@ class PanelsInPlace {
   explicit PanelsInPlace(const PackedExperts<S>& weights) : w_(weights) {}
 
   bool glu() const { return w_.glu(); }
-  Index up_block(Index tasks) const { return shared_block(w_.d_ff(), tasks); }
-  Index down_block(Index tasks) const { return shared_block(w_.d_model(), tasks); }
+  Index up_block(Index tasks, Index rows) const { return column_block(2 * w_.d_model(), w_.d_ff(), W_, tasks, rows); }
+  Index down_block(Index tasks, Index rows) const { return column_block(w_.d_ff(), w_.d_model(), W_, tasks, rows); }
 
   void begin_up(Index, Index, Index) {}
   UpPanels<T> up(Index e, Index col, Index j, Index rows) const {
@@ -177,8 +187,6 @@ class PanelsInPlace {
   }
 
  private:
-  Index shared_block(Index cols, Index tasks) const { return std::max(W_, (cols / tasks + W_ - 1) / W_ * W_); }
-
   Panel<T> widened(const S* panel, Index depth, Index rows, Index which) const {
     if constexpr (std::is_same_v<S, T>) {
       return {panel};
@@ -225,7 +233,7 @@ class Forward : Pipeline<T> {
 
   // hidden = act(inputs · w_gate + b_gate) * (inputs · w_up + b_up), stored as row tiles for the next product
   void up(const ExpertRange& range, const T* inputs, ExpertCache<T> cache, T* hidden) const {
-    const Index block = panels_.up_block(num_threads());
+    const Index block = panels_.up_block(num_threads(), this->most_rows(range));
     this->for_pieces(range, [&](Index) { return (F_ + block - 1) / block; }, [&](Index e, Index piece) {
       const Index col = piece * block, cols = std::min(block, F_ - col);
       Panels panels = panels_;  // a task's own: it remembers what was begun
@@ -281,7 +289,7 @@ class Forward : Pipeline<T> {
 
   // result (+)= weight * (hidden · w_down + b_down); a task owns its columns and takes the experts in order
   void down(const ExpertRange& range, const T* hidden, MatrixView<T> result) const {
-    const Index block = panels_.down_block(2 * num_threads());
+    const Index block = panels_.down_block(2 * num_threads(), rows_of(range));
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
       Panels panels = panels_;
@@ -366,7 +374,7 @@ class Backward : Pipeline<T> {
   void down_backward(const ExpertRange& range, T* dh) {
     Workspace<T, 3> dout(rows_of(range) * D_);
     this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
-    const Index block = column_block<T>(D_, F_, W_, num_threads());
+    const Index block = packed_column_block<T>(D_, F_, W_, num_threads(), this->most_rows(range));
     this->for_pieces(range, [&](Index) { return (F_ + block - 1) / block; }, [&](Index e, Index piece) {
       const Index col = piece * block, cols = std::min(block, F_ - col);
       T* panels = scratch<T, 0>(num_panels(cols, W_) * W_ * D_);
@@ -447,8 +455,9 @@ class Backward : Pipeline<T> {
     this->for_pieces(range, [](Index) { return Index{1}; }, [&](Index e, Index) {
       pack_panels(right(e), dispatch_.rows(e), 0, n, W_, panels.data() + start(range, e, padded));
     });
-    constexpr Index tiles_per_task = 8;
     const RowTiles tiles_of_dw{m, kernel_.tile_rows};
+    const Index work_per_tile = kernel_.tile_rows * n * this->most_rows(range);
+    const Index tiles_per_task = std::clamp<Index>(max_task_work / std::max<Index>(1, work_per_tile), 1, 8);
     const Index pieces = (tiles_of_dw.count() + tiles_per_task - 1) / tiles_per_task;
     this->for_pieces(range, [&](Index) { return pieces; }, [&](Index e, Index piece) {
       const Index begin = piece * tiles_per_task, end = std::min(begin + tiles_per_task, tiles_of_dw.count());
@@ -480,7 +489,7 @@ class Backward : Pipeline<T> {
     if (w_.glu()) this->pack_rows(range, rows(dgate), F_, packed_dgate.data());
     const bool weighted = this->weight_on(WeightOn::input);
     Workspace<T, 10> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
-    const Index block = column_block<T>(2 * F_, D_, W_, 2 * num_threads());
+    const Index block = packed_column_block<T>(2 * F_, D_, W_, 2 * num_threads(), rows_of(range));
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {

@@ -46,7 +46,8 @@ void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T>
   const RowTiles tiles{c.rows, kernels<T>().tile_rows};
   if (c.rows == 0 || c.cols == 0) return;
   const Index row_tasks = (tiles.count() + tiles_per_task - 1) / tiles_per_task;
-  const Index block = column_block<T>(depth, c.cols, width, std::max<Index>(1, 2 * num_threads() / row_tasks));
+  const Index block = packed_column_block<T>(depth, c.cols, width, std::max<Index>(1, 2 * num_threads() / row_tasks),
+                                             tiles_per_task * kernels<T>().tile_rows);
   const Index col_tasks = (c.cols + block - 1) / block;
   parallel_for(row_tasks * col_tasks, [&](Index task) {
     const Index tile_begin = task / col_tasks * tiles_per_task, col = task % col_tasks * block;

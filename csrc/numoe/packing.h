@@ -115,14 +115,20 @@ void pack_bf16_panel(MatrixView<const S> b, Index col, Index width, bfloat16* pa
     }
   }
 }
-// How many columns of a (depth, cols) operand one task packs at a time: what fits into half of a second-level cache,
-// and few enough that `tasks` tasks have work.  The choice never changes a result, only who computes it.
+// How many columns of a (depth, cols) operand one task multiplies `rows` rows by: few enough that `tasks` tasks have work
+// and that a task ends soon (Ctrl-C waits for it), but whole panels.  This never changes a result, only who computes it.
+constexpr Index max_task_work = 80'000'000;  // multiply-adds: some 20 ms on 16-byte vectors
+inline Index column_block(Index depth, Index cols, Index width, Index tasks, Index rows) {
+  const Index soon = max_task_work / std::max<Index>(1, depth * rows);
+  const Index shared = (cols + tasks - 1) / tasks;
+  return std::max(width, std::min(soon, shared + width - 1) / width * width);
+}
+// The same for columns that a task packs first: they should stay in half of a second-level cache.
 template <class T>
-Index column_block(Index depth, Index cols, Index width, Index tasks) {
+Index packed_column_block(Index depth, Index cols, Index width, Index tasks, Index rows) {
   constexpr Index cache_bytes = 256 * 1024;
   const Index fitting = cache_bytes / (std::max<Index>(depth, 1) * static_cast<Index>(sizeof(T)));
-  const Index shared = (cols + tasks - 1) / tasks;
-  return std::max<Index>(width, std::min(fitting, shared + width - 1) / width * width);
+  return std::max(width, std::min(fitting / width * width, column_block(depth, cols, width, tasks, rows)));
 }
 
 // This thread's buffer number `Slot`, kept until the thread ends, so that calls do not fault in fresh pages each time.

@@ -85,7 +85,7 @@ def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
             f"{target}: {target.suffix} files may run code when they are read, so numoe does not read them.  Convert "
             "it with safetensors.torch.save_file in the program that wrote it."
         )
-    if not target.is_file() and target.exists():
+    if target.exists() and not target.is_file() and not target.is_dir():  # opening a pipe would wait for ever
         raise CheckpointError(f"{target} is not a regular file.")
     with target.open("rb"):  # OSError with the path: missing, or no permission
         pass
