@@ -92,12 +92,15 @@ class Trainer:
         """Continue the run that `save` wrote: same weights, same optimiser state, same next batch."""
         state, config = checkpoint.load(path)
         trainer = cls(corpus, Recipe.from_dict(config))
-        own = trainer.state_dict()
         part = "optimizer."
-        model = {name: array for name, array in state.items() if not name.startswith(part)}
-        moments = {n: a.reshape(own[n].shape) for n, a in state.items() if n.startswith(part) and n in own}
-        checkpoint.copy_state(model, {n: a for n, a in own.items() if not n.startswith(part)}, strict=True)
-        trainer.optimizer.load_state_dict({name[len(part) :]: array for name, array in moments.items()})
+        model, own = (
+            {name: array for name, array in arrays.items() if not name.startswith(part)}
+            for arrays in (state, trainer.state_dict())
+        )
+        checkpoint.copy_state(model, own, strict=True)
+        trainer.optimizer.load_state_dict(
+            {name.removeprefix(part): array for name, array in state.items() if name.startswith(part)}
+        )
         return trainer
 
 
