@@ -152,8 +152,8 @@ class Dims {
   static void check_memory(const py::array& array, const char* name, bool written) {
     constexpr int aligned = 0x0100;  // NPY_ARRAY_ALIGNED
     if (!(array.flags() & py::array::c_style) || !(array.flags() & aligned)) {
-      throw py::value_error(std::string(name) +
-                            " must be C-contiguous and aligned; pass np.ascontiguousarray(" + name + ")");
+      throw py::value_error(std::string(name) + " must be C-contiguous and aligned; pass np.ascontiguousarray(" + name +
+                            ")");
     }
     if (written && !array.writeable()) throw py::value_error(std::string(name) + " is read-only");
   }

@@ -13,11 +13,10 @@ constexpr std::initializer_list<std::pair<const char*, BalanceConvention>> conve
     {"hf", BalanceConvention::hugging_face},
     {"deepseek-sequence", BalanceConvention::deepseek_sequence}};
 
-constexpr std::initializer_list<std::pair<const char*, Score>> scores = {
-    {"softmax", Score::softmax},
-    {"softmax_chosen", Score::softmax_chosen},
-    {"sigmoid", Score::sigmoid},
-    {"sqrt_softplus", Score::sqrt_softplus}};
+constexpr std::initializer_list<std::pair<const char*, Score>> scores = {{"softmax", Score::softmax},
+                                                                         {"softmax_chosen", Score::softmax_chosen},
+                                                                         {"sigmoid", Score::sigmoid},
+                                                                         {"sqrt_softplus", Score::sqrt_softplus}};
 
 // The core walks the rows of logits by them.
 void check_lengths(std::span<const std::int64_t> lengths, Index num_tokens) {
@@ -52,8 +51,7 @@ py::tuple load_balance(const py::array& logits_, const py::array& indices_, cons
   });
 }
 
-py::tuple importance(const py::array& weights_, const py::array& indices_, Index num_experts,
-                     const py::object& mask_) {
+py::tuple importance(const py::array& weights_, const py::array& indices_, Index num_experts, const py::object& mask_) {
   if (num_experts < 1) throw py::value_error("num_experts must be >= 1; got " + std::to_string(num_experts));
   return with_dtype(weights_, [&]<class T>() -> py::tuple {
     Dims dims;
@@ -71,8 +69,8 @@ py::tuple importance(const py::array& weights_, const py::array& indices_, Index
   });
 }
 
-py::tuple load(const py::array& logits_, const py::array& noisy_logits_, const py::array& noise_std_,
-               Index top_k, const py::object& mask_) {
+py::tuple load(const py::array& logits_, const py::array& noisy_logits_, const py::array& noise_std_, Index top_k,
+               const py::object& mask_) {
   if (top_k < 1) throw py::value_error("top_k must be >= 1; got " + std::to_string(top_k));
   return with_dtype(logits_, [&]<class T>() -> py::tuple {
     Dims dims;
@@ -111,8 +109,8 @@ py::tuple z(const py::array& logits_, const py::object& mask_) {
 
 void bind_losses(py::module_& m) {
   using py::arg;
-  m.def("load_balance_loss", &load_balance, arg("logits"), arg("indices"), arg("convention"), arg("score"),
-        arg("mask"), arg("sequence_lengths"));
+  m.def("load_balance_loss", &load_balance, arg("logits"), arg("indices"), arg("convention"), arg("score"), arg("mask"),
+        arg("sequence_lengths"));
   m.def("importance_loss", &importance, arg("weights"), arg("indices"), arg("num_experts"), arg("mask"));
   m.def("load_loss", &load, arg("logits"), arg("noisy_logits"), arg("noise_std"), arg("top_k"), arg("mask"));
   m.def("z_loss", &z, arg("logits"), arg("mask"));

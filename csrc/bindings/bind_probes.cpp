@@ -10,8 +10,7 @@ namespace {
 
 void check_threads(int threads) {
   if (threads < 1 || threads > kMaxThreads) {
-    throw py::value_error("threads must be in 1.." + std::to_string(kMaxThreads) + "; got " +
-                          std::to_string(threads));
+    throw py::value_error("threads must be in 1.." + std::to_string(kMaxThreads) + "; got " + std::to_string(threads));
   }
 }
 

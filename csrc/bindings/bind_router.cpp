@@ -30,8 +30,8 @@ RouterOptions make_options(Index top_k, const std::string& score, const std::str
 }  // namespace
 
 void check_options(const RouterOptions& o, Index num_experts) {
-  const bool groups = o.num_groups >= 1 && num_experts % o.num_groups == 0 && o.groups_kept >= 1 &&
-                      o.groups_kept <= o.num_groups;
+  const bool groups =
+      o.num_groups >= 1 && num_experts % o.num_groups == 0 && o.groups_kept >= 1 && o.groups_kept <= o.num_groups;
   if (!groups || o.top_k < 1 || o.top_k > o.groups_kept * (num_experts / o.num_groups)) {
     throw py::value_error("router options do not fit logits with " + std::to_string(num_experts) + " experts");
   }
@@ -111,8 +111,8 @@ py::array bind_route_backward(const py::array& logits_, const py::array& indices
     for (Index t = 0; t < indices.rows; ++t) {
       for (Index k = 0; k < indices.cols; ++k) {
         if (indices(t, k) < -1 || indices(t, k) >= logits.cols || (indices(t, k) < 0) != (indices(t, 0) < 0)) {
-          throw py::index_error("indices[" + std::to_string(t) + ", " + std::to_string(k) + "] = " +
-                                std::to_string(indices(t, k)) + " was not chosen by numoe.route");
+          throw py::index_error("indices[" + std::to_string(t) + ", " + std::to_string(k) +
+                                "] = " + std::to_string(indices(t, k)) + " was not chosen by numoe.route");
         }
       }
     }

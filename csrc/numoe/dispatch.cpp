@@ -23,10 +23,14 @@ class Admission {
   void run(const CapacityGroup& group, Priority priority) {
     std::fill(free_.begin(), free_.end(), group.capacity);
     switch (priority) {
-      case Priority::position: return by_position(group);
-      case Priority::choice: return by_choice(tokens_of(group));
-      case Priority::probability: return by_probability(group);
-      case Priority::batch: return by_choice(tokens_by_best_weight(group));
+      case Priority::position:
+        return by_position(group);
+      case Priority::choice:
+        return by_choice(tokens_of(group));
+      case Priority::probability:
+        return by_probability(group);
+      case Priority::batch:
+        return by_choice(tokens_by_best_weight(group));
     }
   }
 
@@ -106,10 +110,9 @@ void count_assignments(MatrixView<const std::int32_t> indices, MatrixView<const 
     for (Index k = 0; k < indices.cols; ++k) {
       const std::int32_t expert = indices(t, k);
       if (expert < -1 || expert >= num_experts) {
-        throw std::out_of_range("indices[" + std::to_string(t) + ", " + std::to_string(k) +
-                                "] = " + std::to_string(expert) +
-                                " is out of range for num_experts = " + std::to_string(num_experts) +
-                                " (-1 means not routed)");
+        throw std::out_of_range(
+            "indices[" + std::to_string(t) + ", " + std::to_string(k) + "] = " + std::to_string(expert) +
+            " is out of range for num_experts = " + std::to_string(num_experts) + " (-1 means not routed)");
       }
       if (expert >= 0 && is_kept(kept, t, k)) ++counts[static_cast<std::size_t>(expert)];
     }
@@ -197,14 +200,14 @@ void combine_backward(MatrixView<const T> dy, MatrixView<const T> rows, const Di
   });
 }
 
-#define NUMOE_INSTANTIATE(T)                                                                                          \
-  template void keep_within_capacity(MatrixView<const std::int32_t>, MatrixView<const T>, Index,                     \
-                                     std::span<const CapacityGroup>, Priority, MatrixView<bool>);            \
-  template void renormalize_kept(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<T>);             \
-  template void renormalize_kept_backward(MatrixView<const T>, MatrixView<const std::int32_t>, T,                    \
-                                          MatrixView<const T>, MatrixView<T>);                                       \
-  template void combine(MatrixView<const T>, const DispatchView&, MatrixView<const T>, MatrixView<T>);               \
-  template void combine_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&, MatrixView<const T>, \
+#define NUMOE_INSTANTIATE(T)                                                                                           \
+  template void keep_within_capacity(MatrixView<const std::int32_t>, MatrixView<const T>, Index,                       \
+                                     std::span<const CapacityGroup>, Priority, MatrixView<bool>);                      \
+  template void renormalize_kept(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<T>);               \
+  template void renormalize_kept_backward(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<const T>, \
+                                          MatrixView<T>);                                                              \
+  template void combine(MatrixView<const T>, const DispatchView&, MatrixView<const T>, MatrixView<T>);                 \
+  template void combine_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&, MatrixView<const T>,   \
                                  MatrixView<T>, MatrixView<T>);
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)

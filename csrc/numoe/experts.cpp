@@ -39,8 +39,14 @@ class Pipeline {
  public:
   Pipeline(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
            const ExpertOptions& options, bool combined)
-      : x_(x), dispatch_(dispatch), options_(options), combined_(combined), D_(d_model), F_(d_ff),
-        W_(kernel_.tile_cols), row_weight_(weights ? dispatch.num_rows() : 0) {
+      : x_(x),
+        dispatch_(dispatch),
+        options_(options),
+        combined_(combined),
+        D_(d_model),
+        F_(d_ff),
+        W_(kernel_.tile_cols),
+        row_weight_(weights ? dispatch.num_rows() : 0) {
     for (Index r = 0; r < row_weight_.size(); ++r) {
       row_weight_[r] = weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]];
     }
@@ -80,22 +86,24 @@ class Pipeline {
     for (Index e = range.begin; e < range.end; ++e) {
       for (Index i = 0; i < (dispatch_.rows(e) ? pieces(e) : 0); ++i) tasks.emplace_back(e, i);
     }
-    parallel_for(static_cast<Index>(tasks.size()),
-                 [&](Index task) { body(tasks[static_cast<std::size_t>(task)].first, tasks[static_cast<std::size_t>(task)].second); });
+    parallel_for(static_cast<Index>(tasks.size()), [&](Index task) {
+      body(tasks[static_cast<std::size_t>(task)].first, tasks[static_cast<std::size_t>(task)].second);
+    });
   }
 
   // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles.
   template <class Rows>
   void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
     constexpr Index tiles_per_task = 8;
-    for_pieces(range, [&](Index e) { return (tiles(e).count() + tiles_per_task - 1) / tiles_per_task; },
-               [&](Index e, Index piece) {
-                 const RowTiles t = tiles(e);
-                 const Index last = std::min(t.count(), (piece + 1) * tiles_per_task);
-                 for (Index i = piece * tiles_per_task; i < last; ++i) {
-                   pack_tile(rows(e), t.begin(i), t.height(i), depth, packed + start(range, e, depth) + t.begin(i) * depth);
-                 }
-               });
+    for_pieces(
+        range, [&](Index e) { return (tiles(e).count() + tiles_per_task - 1) / tiles_per_task; },
+        [&](Index e, Index piece) {
+          const RowTiles t = tiles(e);
+          const Index last = std::min(t.count(), (piece + 1) * tiles_per_task);
+          for (Index i = piece * tiles_per_task; i < last; ++i) {
+            pack_tile(rows(e), t.begin(i), t.height(i), depth, packed + start(range, e, depth) + t.begin(i) * depth);
+          }
+        });
   }
 
   MatrixView<const T> x_;
@@ -122,7 +130,7 @@ struct Panel {
 };
 template <class T>
 struct UpPanels {
-  Panel<T> first;  // w_gate, or w_up of plain MLP experts
+  Panel<T> first;   // w_gate, or w_up of plain MLP experts
   Panel<T> second;  // w_up
 };
 
@@ -149,7 +157,9 @@ class PanelsOnTheFly {
     second_ = up_ + size;
   }
   // Columns [begin + j, begin + j + W) of the block begun last, to be multiplied by `rows` rows.
-  UpPanels<T> up(Index, Index, Index j, Index) const { return {{up_ + j * w_.d_model()}, {second_ + j * w_.d_model()}}; }
+  UpPanels<T> up(Index, Index, Index j, Index) const {
+    return {{up_ + j * w_.d_model()}, {second_ + j * w_.d_model()}};
+  }
 
   void begin_down(Index e, Index col, Index cols) {
     down_ = scratch<T, 0>(num_panels(cols, W_) * W_ * w_.d_ff());
@@ -234,18 +244,20 @@ class Forward : Pipeline<T> {
   // hidden = act(inputs · w_gate + b_gate) * (inputs · w_up + b_up), stored as row tiles for the next product
   void up(const ExpertRange& range, const T* inputs, ExpertCache<T> cache, T* hidden) const {
     const Index block = panels_.up_block(num_threads(), this->most_rows(range));
-    this->for_pieces(range, [&](Index) { return (F_ + block - 1) / block; }, [&](Index e, Index piece) {
-      const Index col = piece * block, cols = std::min(block, F_ - col);
-      Panels panels = panels_;  // a task's own: it remembers what was begun
-      panels.begin_up(e, col, cols);
-      for (Index j = 0; j < cols; j += W_) {
-        const UpPanels<T> weights = panels.up(e, col, j, dispatch_.rows(e));
-        for (Index i = 0; i < tiles(e).count(); ++i) {
-          up_tile(e, i, col + j, std::min(W_, cols - j), weights, inputs + start(range, e, D_), cache,
-                  hidden + start(range, e, F_));
-        }
-      }
-    });
+    this->for_pieces(
+        range, [&](Index) { return (F_ + block - 1) / block; },
+        [&](Index e, Index piece) {
+          const Index col = piece * block, cols = std::min(block, F_ - col);
+          Panels panels = panels_;  // a task's own: it remembers what was begun
+          panels.begin_up(e, col, cols);
+          for (Index j = 0; j < cols; j += W_) {
+            const UpPanels<T> weights = panels.up(e, col, j, dispatch_.rows(e));
+            for (Index i = 0; i < tiles(e).count(); ++i) {
+              up_tile(e, i, col + j, std::min(W_, cols - j), weights, inputs + start(range, e, D_), cache,
+                      hidden + start(range, e, F_));
+            }
+          }
+        });
   }
 
   void up_tile(Index e, Index i, Index col, Index cols, const UpPanels<T>& weights, const T* inputs,
@@ -342,8 +354,11 @@ class Backward : Pipeline<T> {
   Backward(MatrixView<const T> dresult, MatrixView<const T> x, const DispatchView& dispatch,
            MatrixView<const T> weights, const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined,
            ExpertCache<const T> cache, const ExpertGrads<T>& grads)
-      : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined), w_(experts), dy_(dresult),
-        cache_(cache), grads_(grads) {}
+      : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined),
+        w_(experts),
+        dy_(dresult),
+        cache_(cache),
+        grads_(grads) {}
 
   void run() {
     std::fill_n(grads_.x.data, grads_.x.rows * grads_.x.cols, T(0));
@@ -375,23 +390,26 @@ class Backward : Pipeline<T> {
     Workspace<T, 3> dout(rows_of(range) * D_);
     this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = packed_column_block<T>(D_, F_, W_, num_threads(), this->most_rows(range));
-    this->for_pieces(range, [&](Index) { return (F_ + block - 1) / block; }, [&](Index e, Index piece) {
-      const Index col = piece * block, cols = std::min(block, F_ - col);
-      T* panels = scratch<T, 0>(num_panels(cols, W_) * W_ * D_);
-      T* tile = scratch<T, 1>(kernel_.tile_rows * W_);
-      pack_panels(transposed(operand(w_.down[e])), D_, col, cols, W_, panels);
-      const RowTiles t = tiles(e);
-      for (Index j = 0; j < cols; j += W_) {
-        for (Index i = 0; i < t.count(); ++i) {
-          const Index row = t.begin(i);
-          kernel_.tile(D_, t.height(i), dout.data() + start(range, e, D_) + row * D_, panels + j * D_, tile, W_, false);
-          for (Index r = 0; r < t.height(i); ++r) {
-            T* target = dh + start(range, e, F_) + (row + r) * F_ + col + j;
-            std::copy_n(tile + r * W_, std::min(W_, cols - j), target);
+    this->for_pieces(
+        range, [&](Index) { return (F_ + block - 1) / block; },
+        [&](Index e, Index piece) {
+          const Index col = piece * block, cols = std::min(block, F_ - col);
+          T* panels = scratch<T, 0>(num_panels(cols, W_) * W_ * D_);
+          T* tile = scratch<T, 1>(kernel_.tile_rows * W_);
+          pack_panels(transposed(operand(w_.down[e])), D_, col, cols, W_, panels);
+          const RowTiles t = tiles(e);
+          for (Index j = 0; j < cols; j += W_) {
+            for (Index i = 0; i < t.count(); ++i) {
+              const Index row = t.begin(i);
+              kernel_.tile(D_, t.height(i), dout.data() + start(range, e, D_) + row * D_, panels + j * D_, tile, W_,
+                           false);
+              for (Index r = 0; r < t.height(i); ++r) {
+                T* target = dh + start(range, e, F_) + (row + r) * F_ + col + j;
+                std::copy_n(tile + r * W_, std::min(W_, cols - j), target);
+              }
+            }
           }
-        }
-      }
-    });
+        });
   }
 
   // h = act(gate) * up  ⇒  dgate, dup; and dweight where the weight is on the output.  dh comes in `dup`.
@@ -438,11 +456,14 @@ class Backward : Pipeline<T> {
     outer_products(range, inputs, D_, rows(dup), F_, grads_.up);
     if (!w_.up_bias) return;
     const bool weighted = this->weight_on(WeightOn::output);
-    column_sums(range, [&](Index e) {
-      Operand<T> dout = output_gradients(e);
-      if (weighted) dout.row_scale = this->weights_of_rows(e);
-      return dout;
-    }, grads_.down_bias);
+    column_sums(
+        range,
+        [&](Index e) {
+          Operand<T> dout = output_gradients(e);
+          if (weighted) dout.row_scale = this->weights_of_rows(e);
+          return dout;
+        },
+        grads_.down_bias);
     if (w_.glu()) column_sums(range, rows(dgate), grads_.gate_bias);
     column_sums(range, rows(dup), grads_.up_bias);
   }
@@ -452,29 +473,35 @@ class Backward : Pipeline<T> {
   void outer_products(const ExpertRange& range, Left left, Index m, Right right, Index n, Tensor3View<T> dw) {
     const Index padded = num_panels(n, W_) * W_;
     Workspace<T, 7> panels(rows_of(range) * padded);
-    this->for_pieces(range, [](Index) { return Index{1}; }, [&](Index e, Index) {
-      pack_panels(right(e), dispatch_.rows(e), 0, n, W_, panels.data() + start(range, e, padded));
-    });
+    this->for_pieces(
+        range, [](Index) { return Index{1}; },
+        [&](Index e, Index) {
+          pack_panels(right(e), dispatch_.rows(e), 0, n, W_, panels.data() + start(range, e, padded));
+        });
     const RowTiles tiles_of_dw{m, kernel_.tile_rows};
     const Index work_per_tile = kernel_.tile_rows * n * this->most_rows(range);
     const Index tiles_per_task = std::clamp<Index>(max_task_work / std::max<Index>(1, work_per_tile), 1, 8);
     const Index pieces = (tiles_of_dw.count() + tiles_per_task - 1) / tiles_per_task;
-    this->for_pieces(range, [&](Index) { return pieces; }, [&](Index e, Index piece) {
-      const Index begin = piece * tiles_per_task, end = std::min(begin + tiles_per_task, tiles_of_dw.count());
-      multiply_tiles(transposed(left(e)), tiles_of_dw, begin, end, dispatch_.rows(e),
-                     panels.data() + start(range, e, padded), dw[e]);
-    });
+    this->for_pieces(
+        range, [&](Index) { return pieces; },
+        [&](Index e, Index piece) {
+          const Index begin = piece * tiles_per_task, end = std::min(begin + tiles_per_task, tiles_of_dw.count());
+          multiply_tiles(transposed(left(e)), tiles_of_dw, begin, end, dispatch_.rows(e),
+                         panels.data() + start(range, e, padded), dw[e]);
+        });
   }
 
   // out += bias  ⇒  dbias = Σ over rows of dout
   template <class Rows>
   void column_sums(const ExpertRange& range, Rows rows, MatrixView<T> sums) {
-    this->for_pieces(range, [](Index) { return Index{1}; }, [&](Index e, Index) {
-      const Operand<T> a = rows(e);
-      for (Index r = 0; r < dispatch_.rows(e); ++r) {
-        kernel_.axpy(sums.cols, a.row_scale ? a.row_scale[r] : T(1), a.row(r), sums.row(e));
-      }
-    });
+    this->for_pieces(
+        range, [](Index) { return Index{1}; },
+        [&](Index e, Index) {
+          const Operand<T> a = rows(e);
+          for (Index r = 0; r < dispatch_.rows(e); ++r) {
+            kernel_.axpy(sums.cols, a.row_scale ? a.row_scale[r] : T(1), a.row(r), sums.row(e));
+          }
+        });
   }
 
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
@@ -550,17 +577,17 @@ class Backward : Pipeline<T> {
 
 template <class T>
 void experts_forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights,
-                     const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined,
-                     ExpertCache<T> cache, MatrixView<T> result) {
+                     const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined, ExpertCache<T> cache,
+                     MatrixView<T> result) {
   Forward<T, PanelsOnTheFly<T>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined,
                                 PanelsOnTheFly<T>(experts), {experts.gate_bias, experts.up_bias, experts.down_bias})
       .run(cache, result);
 }
 
 template <class S>
-void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch,
-                     MatrixView<const Compute<S>> weights, const PackedExperts<S>& experts,
-                     const ExpertBiases<Compute<S>>& biases, const ExpertOptions& options, MatrixView<Compute<S>> y) {
+void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                     const PackedExperts<S>& experts, const ExpertBiases<Compute<S>>& biases,
+                     const ExpertOptions& options, MatrixView<Compute<S>> y) {
   using T = Compute<S>;
   Forward<T, PanelsInPlace<T, S>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, true,
                                   PanelsInPlace<T, S>(experts), biases)
@@ -574,18 +601,18 @@ void experts_backward(MatrixView<const T> dresult, MatrixView<const T> x, const 
   Backward<T>(dresult, x, dispatch, weights, experts, options, combined, cache, grads).run();
 }
 
-#define NUMOE_INSTANTIATE(T)                                                                                       \
-  template void experts_forward(MatrixView<const T>, const DispatchView&, MatrixView<const T>,                    \
+#define NUMOE_INSTANTIATE(T)                                                                                         \
+  template void experts_forward(MatrixView<const T>, const DispatchView&, MatrixView<const T>,                       \
                                 const ExpertWeights<T>&, const ExpertOptions&, bool, ExpertCache<T>, MatrixView<T>); \
-  template void experts_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&,                   \
-                                 MatrixView<const T>, const ExpertWeights<T>&, const ExpertOptions&, bool,        \
-                                 ExpertCache<const T>, const ExpertGrads<T>&);
+  template void experts_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&, MatrixView<const T>, \
+                                 const ExpertWeights<T>&, const ExpertOptions&, bool, ExpertCache<const T>,          \
+                                 const ExpertGrads<T>&);
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)
 #undef NUMOE_INSTANTIATE
-#define NUMOE_INSTANTIATE_PACKED(S)                                                                           \
+#define NUMOE_INSTANTIATE_PACKED(S)                                                                              \
   template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>, \
-                                const PackedExperts<S>&, const ExpertBiases<Compute<S>>&, const ExpertOptions&, \
+                                const PackedExperts<S>&, const ExpertBiases<Compute<S>>&, const ExpertOptions&,  \
                                 MatrixView<Compute<S>>);
 NUMOE_INSTANTIATE_PACKED(float)
 NUMOE_INSTANTIATE_PACKED(double)

@@ -16,12 +16,12 @@ namespace numoe {
 // w_gate is absent for plain MLP experts; biases are absent or all present.
 template <class T>
 struct ExpertWeights {
-  Tensor3View<const T> gate;       // (E, D, F)
-  Tensor3View<const T> up;         // (E, D, F)
-  Tensor3View<const T> down;       // (E, F, D)
-  MatrixView<const T> gate_bias;   // (E, F)
-  MatrixView<const T> up_bias;     // (E, F)
-  MatrixView<const T> down_bias;   // (E, D)
+  Tensor3View<const T> gate;      // (E, D, F)
+  Tensor3View<const T> up;        // (E, D, F)
+  Tensor3View<const T> down;      // (E, F, D)
+  MatrixView<const T> gate_bias;  // (E, F)
+  MatrixView<const T> up_bias;    // (E, F)
+  MatrixView<const T> down_bias;  // (E, D)
 
   bool glu() const { return static_cast<bool>(gate); }
   Index num_experts() const { return up.count; }
@@ -48,8 +48,8 @@ struct ExpertCache {
 // without it the unweighted rows (M, D) (weight_on = input still applies its weight).  cache may be absent.
 template <class T>
 void experts_forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights,
-                     const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined,
-                     ExpertCache<T> cache, MatrixView<T> result);
+                     const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined, ExpertCache<T> cache,
+                     MatrixView<T> result);
 
 // Gradients, all written; those of experts without rows must come in zeroed and stay so.
 template <class T>

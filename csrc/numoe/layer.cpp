@@ -69,7 +69,10 @@ class BorrowedPass {
 
 template <class S>
 PackedBranch<S>::PackedBranch(const ExpertWeights<T>& weights, const ExpertOptions& expert_options)
-    : experts(weights), options(expert_options), gate_bias(copy(weights.gate_bias)), up_bias(copy(weights.up_bias)),
+    : experts(weights),
+      options(expert_options),
+      gate_bias(copy(weights.gate_bias)),
+      up_bias(copy(weights.up_bias)),
       down_bias(copy(weights.down_bias)) {}
 
 template <class S>
@@ -86,10 +89,13 @@ void PackedBranch<S>::forward(MatrixView<const T> x, const DispatchView& dispatc
 
 template <class S>
 PackedLayer<S>::PackedLayer(MatrixView<const T> w_router, std::span<const T> b_router, std::span<const T> choice_bias,
-                            const RouterOptions& router, PackedBranch<S> routed,
-                            std::optional<PackedBranch<S>> shared, std::span<const T> shared_score)
-    : b_router_(b_router.begin(), b_router.end()), choice_bias_(choice_bias.begin(), choice_bias.end()),
-      shared_score_(shared_score.begin(), shared_score.end()), router_(router), routed_(std::move(routed)),
+                            const RouterOptions& router, PackedBranch<S> routed, std::optional<PackedBranch<S>> shared,
+                            std::span<const T> shared_score)
+    : b_router_(b_router.begin(), b_router.end()),
+      choice_bias_(choice_bias.begin(), choice_bias.end()),
+      shared_score_(shared_score.begin(), shared_score.end()),
+      router_(router),
+      routed_(std::move(routed)),
       shared_(std::move(shared)) {
   const Index width = kernels<T>().tile_cols;
   router_panels_.resize(static_cast<std::size_t>(num_panels(w_router.cols, width) * width * w_router.rows));

@@ -12,14 +12,12 @@
 namespace numoe {
 namespace {
 
-constexpr Index kBlock = 256;  // tokens per partial sum: fixed, so no result depends on the thread count
+constexpr Index kBlock = 256;            // tokens per partial sum: fixed, so no result depends on the thread count
 constexpr double kScoreEps = 1e-20;      // Megatron-LM, DeepSeek-V3: p = s / (sum s + eps)
 constexpr double kVariationEps = 1e-10;  // tensor2tensor, V-MoE: CV² = var / (mean² + eps)
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-bool is_real(std::span<const bool> mask, Index t) {
-  return mask.empty() || mask[static_cast<std::size_t>(t)];
-}
+bool is_real(std::span<const bool> mask, Index t) { return mask.empty() || mask[static_cast<std::size_t>(t)]; }
 
 Index count_real(std::span<const bool> mask, Index begin, Index end) {
   Index count = 0;
@@ -137,8 +135,8 @@ void count_choices(MatrixView<const std::int32_t> indices, std::span<const bool>
 }
 
 // Every convention is linear in p:  value = Σ_te c_e p_te with constant c.  This is c_e / count_e.
-double coefficient_per_count(BalanceConvention convention, Index num_experts, Index num_choices,
-                             Index num_real, Index num_sequences) {
+double coefficient_per_count(BalanceConvention convention, Index num_experts, Index num_choices, Index num_real,
+                             Index num_sequences) {
   const auto E = static_cast<double>(num_experts), K = static_cast<double>(num_choices);
   const auto n = static_cast<double>(num_real);
   switch (convention) {
@@ -158,8 +156,8 @@ double coefficient_per_count(BalanceConvention convention, Index num_experts, In
 // Σ_te c_e p_te over the unmasked tokens begin..end, and its gradient
 //   dz_te = p_te (c_e - Σ_j c_j p_tj) d ln s/dz.
 template <class T>
-double balance_tokens(MatrixView<const T> logits, std::span<const bool> mask, Score score,
-                      std::span<const double> c, Index begin, Index end, MatrixView<T> dlogits) {
+double balance_tokens(MatrixView<const T> logits, std::span<const bool> mask, Score score, std::span<const double> c,
+                      Index begin, Index end, MatrixView<T> dlogits) {
   const Index E = logits.cols;
   Buffer<double> p(E), slope(E);
   double value = 0;
@@ -219,8 +217,7 @@ Threshold find_threshold(const T* noisy, Index top_k, std::vector<std::int32_t>&
   std::iota(order.begin(), order.end(), 0);
   const ChosenBefore<T> before{noisy};
   std::nth_element(order.begin(), order.begin() + top_k, order.end(), before);
-  return {*std::max_element(order.begin(), order.begin() + top_k, before),
-          order[static_cast<std::size_t>(top_k)]};
+  return {*std::max_element(order.begin(), order.begin() + top_k, before), order[static_cast<std::size_t>(top_k)]};
 }
 
 // One token of the load loss.
@@ -245,9 +242,7 @@ struct NoisyToken {
 
 double normal_cdf(double u) { return 0.5 * std::erfc(-u / std::numbers::sqrt2); }
 
-double normal_pdf(double u) {
-  return std::exp(-0.5 * u * u) * (0.5 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi);
-}
+double normal_pdf(double u) { return std::exp(-0.5 * u * u) * (0.5 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi); }
 
 // Of one token: dz_e = a_e φ(u)/σ_e, dσ_e = -u dz_e, and -dz_e flows to the noisy logit that is e's
 // threshold. slope (E): a = dvalue/dload.
@@ -337,8 +332,7 @@ double load_loss(MatrixView<const T> logits, MatrixView<const T> noisy_logits, M
   const auto experts = static_cast<std::size_t>(E);
   std::vector<Threshold> thresholds(static_cast<std::size_t>(logits.rows));
   const auto token = [&](Index t) {
-    return NoisyToken<T>{logits.row(t), noisy_logits.row(t), noise_std.row(t),
-                         thresholds[static_cast<std::size_t>(t)]};
+    return NoisyToken<T>{logits.row(t), noisy_logits.row(t), noise_std.row(t), thresholds[static_cast<std::size_t>(t)]};
   };
   const auto blocks = static_cast<std::size_t>(num_blocks(0, logits.rows));
   std::vector<double> partial(blocks * experts, 0.0);  // loads (blocks, E)
@@ -387,14 +381,13 @@ double z_loss(MatrixView<const T> logits, std::span<const bool> mask, MatrixView
   return share * sum;
 }
 
-#define NUMOE_INSTANTIATE(T)                                                                         \
-  template double load_balance_loss<T>(MatrixView<const T>, MatrixView<const std::int32_t>,          \
-                                       BalanceConvention, Score, std::span<const bool>,              \
-                                       std::span<const std::int64_t>, MatrixView<T>);                \
-  template double importance_loss<T>(MatrixView<const T>, MatrixView<const std::int32_t>, Index,     \
-                                     std::span<const bool>, MatrixView<T>);                          \
-  template double load_loss<T>(MatrixView<const T>, MatrixView<const T>, MatrixView<const T>, Index, \
-                               std::span<const bool>, MatrixView<T>, MatrixView<T>, MatrixView<T>);  \
+#define NUMOE_INSTANTIATE(T)                                                                                          \
+  template double load_balance_loss<T>(MatrixView<const T>, MatrixView<const std::int32_t>, BalanceConvention, Score, \
+                                       std::span<const bool>, std::span<const std::int64_t>, MatrixView<T>);          \
+  template double importance_loss<T>(MatrixView<const T>, MatrixView<const std::int32_t>, Index,                      \
+                                     std::span<const bool>, MatrixView<T>);                                           \
+  template double load_loss<T>(MatrixView<const T>, MatrixView<const T>, MatrixView<const T>, Index,                  \
+                               std::span<const bool>, MatrixView<T>, MatrixView<T>, MatrixView<T>);                   \
   template double z_loss<T>(MatrixView<const T>, std::span<const bool>, MatrixView<T>);
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)

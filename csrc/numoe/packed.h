@@ -56,7 +56,9 @@ class PackedExperts {
   Index bytes() const { return up_.bytes() + down_.bytes(); }
 
   // The panel of columns [col, col + W) of w_gate[e] (w_up[e] for plain MLPs); the up panel of a GLU follows it.
-  const S* up(Index e, Index col) const { return static_cast<const S*>(up_.data()) + e * up_size_ + col / W_ * up_step_; }
+  const S* up(Index e, Index col) const {
+    return static_cast<const S*>(up_.data()) + e * up_size_ + col / W_ * up_step_;
+  }
   const S* down(Index e, Index col) const {
     return static_cast<const S*>(down_.data()) + e * down_size_ + col / W_ * down_step_;
   }
@@ -72,8 +74,8 @@ class PackedExperts {
 // y (T, D) = the weighted sum of the experts' outputs, as experts_forward of unpacked weights computes it, bit for bit
 // where the weights are the same numbers.
 template <class S>
-void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch,
-                     MatrixView<const Compute<S>> weights, const PackedExperts<S>& experts,
-                     const ExpertBiases<Compute<S>>& biases, const ExpertOptions& options, MatrixView<Compute<S>> y);
+void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                     const PackedExperts<S>& experts, const ExpertBiases<Compute<S>>& biases,
+                     const ExpertOptions& options, MatrixView<Compute<S>> y);
 
 }  // namespace numoe

@@ -25,41 +25,39 @@ namespace {
 // ACCUMULATORS chains sum = sum * factor + addend (towards 4: never subnormal, never infinite), enough of them to hide
 // the latency, few enough to stay in registers.  A compiler that spills one makes the probe read a third of the truth;
 // the loops are exported under plain names so that a test can disassemble them in the built module.
-#define NUMOE_PEAK_LOOP(NAME, TARGET, T, BYTES, ACCUMULATORS, REGISTER, MULTIPLY_ADD)        \
+#define NUMOE_PEAK_LOOP(NAME, TARGET, T, BYTES, ACCUMULATORS, REGISTER, MULTIPLY_ADD)            \
   extern "C" TARGET [[gnu::visibility("default")]] void numoe_peak_##NAME(Index steps, T* out) { \
-    using V [[gnu::vector_size(BYTES)]] = T;                                                 \
-    V factor = V{} + T(0.75), addend = V{} + T(1), sum[ACCUMULATORS];                        \
-    _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) sum[i] = V{} + T(i);     \
-    for (Index step = 0; step < steps; ++step) {                                             \
-      asm volatile("" : "+" REGISTER(factor), "+" REGISTER(addend)); /* nothing is hoisted */ \
-      _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) {                      \
-        sum[i] = MULTIPLY_ADD(sum[i], factor, addend);                                       \
-      }                                                                                      \
-    }                                                                                        \
-    _Pragma("GCC unroll 16") for (int i = 1; i < ACCUMULATORS; ++i) sum[0] += sum[i];        \
-    std::memcpy(out, &sum[0], sizeof(V));                                                    \
+    using V [[gnu::vector_size(BYTES)]] = T;                                                     \
+    V factor = V{} + T(0.75), addend = V{} + T(1), sum[ACCUMULATORS];                            \
+    _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) sum[i] = V{} + T(i);         \
+    for (Index step = 0; step < steps; ++step) {                                                 \
+      asm volatile("" : "+" REGISTER(factor), "+" REGISTER(addend)); /* nothing is hoisted */    \
+      _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) {                          \
+        sum[i] = MULTIPLY_ADD(sum[i], factor, addend);                                           \
+      }                                                                                          \
+    }                                                                                            \
+    _Pragma("GCC unroll 16") for (int i = 1; i < ACCUMULATORS; ++i) sum[0] += sum[i];            \
+    std::memcpy(out, &sum[0], sizeof(V));                                                        \
   }
 
 // Adds up the buffer, `passes` times.  Prefetching 4 KB ahead helps where it comes from memory, and takes load slots
 // where it comes from a cache.
-#define NUMOE_READ_LOOP(NAME, TARGET, BYTES)                                                          \
-  template <bool prefetch>                                                                            \
-  TARGET void read_##NAME(const char* data, Index size, Index passes, unsigned* out) {                \
-    using V [[gnu::vector_size(BYTES), gnu::may_alias]] = unsigned;                                   \
-    V sum[8] = {};                                                                                    \
-    for (Index pass = 0; pass < passes; ++pass) {                                                     \
-      for (const char* p = data; p < data + size; p += 8 * BYTES) {                                   \
-        _Pragma("GCC unroll 8") for (int i = 0; prefetch && i < 8 * BYTES; i += 64) {                 \
-          __builtin_prefetch(p + 4096 + i);                                                           \
-        }                                                                                             \
-        _Pragma("GCC unroll 8") for (int i = 0; i < 8; ++i) {                                         \
-          sum[i] += *reinterpret_cast<const V*>(p + i * BYTES);                                       \
-        }                                                                                             \
-      }                                                                                               \
-      asm volatile("" ::: "memory"); /* a pass is not remembered from the one before */               \
-    }                                                                                                 \
-    _Pragma("GCC unroll 8") for (int i = 1; i < 8; ++i) sum[0] += sum[i];                             \
-    std::memcpy(out, &sum[0], sizeof(V));                                                             \
+#define NUMOE_READ_LOOP(NAME, TARGET, BYTES)                                                                          \
+  template <bool prefetch>                                                                                            \
+  TARGET void read_##NAME(const char* data, Index size, Index passes, unsigned* out) {                                \
+    using V [[gnu::vector_size(BYTES), gnu::may_alias]] = unsigned;                                                   \
+    V sum[8] = {};                                                                                                    \
+    for (Index pass = 0; pass < passes; ++pass) {                                                                     \
+      for (const char* p = data; p < data + size; p += 8 * BYTES) {                                                   \
+        _Pragma("GCC unroll 8") for (int i = 0; prefetch && i < 8 * BYTES; i += 64) {                                 \
+          __builtin_prefetch(p + 4096 + i);                                                                           \
+        }                                                                                                             \
+        _Pragma("GCC unroll 8") for (int i = 0; i < 8; ++i) { sum[i] += *reinterpret_cast<const V*>(p + i * BYTES); } \
+      }                                                                                                               \
+      asm volatile("" ::: "memory"); /* a pass is not remembered from the one before */                               \
+    }                                                                                                                 \
+    _Pragma("GCC unroll 8") for (int i = 1; i < 8; ++i) sum[0] += sum[i];                                             \
+    std::memcpy(out, &sum[0], sizeof(V));                                                                             \
   }
 
 #define NUMOE_UNFUSED(sum, factor, addend) ((sum) * (factor) + (addend))
@@ -105,8 +103,8 @@ constexpr PeakProbe probes[] = {
     {"portable", "16-byte vectors, multiply then add", [] { return true; },
      peak_loop<float>(numoe_peak_portable_f32, 13, 16), peak_loop<double>(numoe_peak_portable_f64, 13, 16)},
 #elif defined(__aarch64__)
-    {"neon", "16-byte vectors, fused multiply-add", [] { return true; },
-     peak_loop<float>(numoe_peak_neon_f32, 16, 16), peak_loop<double>(numoe_peak_neon_f64, 16, 16)},
+    {"neon", "16-byte vectors, fused multiply-add", [] { return true; }, peak_loop<float>(numoe_peak_neon_f32, 16, 16),
+     peak_loop<double>(numoe_peak_neon_f64, 16, 16)},
     {"portable", "16-byte vectors, multiply then add", [] { return true; },
      peak_loop<float>(numoe_peak_portable_f32, 16, 16), peak_loop<double>(numoe_peak_portable_f64, 16, 16)},
 #else
@@ -179,12 +177,13 @@ double ReadProbe::rate(Index bytes, int threads) const {
   const ReadLoop loop = share >= kLargeShare ? widest_read_loop<true>() : widest_read_loop<false>();
   const auto read = [&](Index passes) {
     return seconds_of([&] {
-      parallel_for(readers,
-                   [&](Index i) {
-                     alignas(64) unsigned out[16];
-                     loop(data_ + i * share, share, passes, out);
-                   },
-                   threads);
+      parallel_for(
+          readers,
+          [&](Index i) {
+            alignas(64) unsigned out[16];
+            loop(data_ + i * share, share, passes, out);
+          },
+          threads);
     });
   };
   constexpr double long_enough = 5e-3;

@@ -148,16 +148,22 @@ class TokenRouter {
 
   T log_score(T z) const {
     switch (options_.score) {
-      case Score::sigmoid: return -softplus(-z);
-      case Score::sqrt_softplus: return z < -30 ? z / 2 : T(0.5) * std::log(softplus(z));
-      default: return z;
+      case Score::sigmoid:
+        return -softplus(-z);
+      case Score::sqrt_softplus:
+        return z < -30 ? z / 2 : T(0.5) * std::log(softplus(z));
+      default:
+        return z;
     }
   }
   T log_score_slope(T z) const {
     switch (options_.score) {
-      case Score::sigmoid: return sigmoid(-z);
-      case Score::sqrt_softplus: return log_sqrt_softplus_slope(z);
-      default: return T(1);
+      case Score::sigmoid:
+        return sigmoid(-z);
+      case Score::sqrt_softplus:
+        return log_sqrt_softplus_slope(z);
+      default:
+        return T(1);
     }
   }
 
@@ -166,9 +172,15 @@ class TokenRouter {
     const bool grouped = options_.groups_kept < options_.num_groups;
     if (bias_.empty() && !grouped) return;
     switch (options_.score) {
-      case Score::softmax: softmax(z, E_, score_.data()); break;
-      case Score::softmax_chosen: std::copy_n(z, E_, score_.begin()); break;
-      case Score::sigmoid: std::transform(z, z + E_, score_.begin(), sigmoid<T>); break;
+      case Score::softmax:
+        softmax(z, E_, score_.data());
+        break;
+      case Score::softmax_chosen:
+        std::copy_n(z, E_, score_.begin());
+        break;
+      case Score::sigmoid:
+        std::transform(z, z + E_, score_.begin(), sigmoid<T>);
+        break;
       case Score::sqrt_softplus:
         std::transform(z, z + E_, score_.begin(), [](T v) { return std::sqrt(softplus(v)); });
         break;
@@ -179,8 +191,9 @@ class TokenRouter {
   // Only experts of the best groups may be chosen.
   void choose_within_groups(const T* key) {
     const Index per_group = E_ / options_.num_groups;
-    largest(options_.num_groups, options_.groups_kept,
-            [&](Index g) { return order_key(group_score(score_.data() + g * per_group, per_group)); }, groups_);
+    largest(
+        options_.num_groups, options_.groups_kept,
+        [&](Index g) { return order_key(group_score(score_.data() + g * per_group, per_group)); }, groups_);
     std::sort(groups_.begin(), groups_.end());  // ascending experts: ties go to the lowest index
     const auto expert = [&](Index i) { return groups_[size(i / per_group)] * per_group + i % per_group; };
     largest(options_.groups_kept * per_group, K_, [&](Index i) { return order_key(key[expert(i)]); }, chosen_);
@@ -208,9 +221,15 @@ class TokenRouter {
         softmax(z, E_, score_.data());
         for (Index k = 0; k < K_; ++k) u[k] = score_[size(indices[k])];
         break;
-      case Score::softmax_chosen: softmax(u, K_, u); break;
-      case Score::sigmoid: std::transform(u, u + K_, u, sigmoid<T>); break;
-      case Score::sqrt_softplus: std::transform(u, u + K_, u, [](T v) { return std::sqrt(softplus(v)); }); break;
+      case Score::softmax_chosen:
+        softmax(u, K_, u);
+        break;
+      case Score::sigmoid:
+        std::transform(u, u + K_, u, sigmoid<T>);
+        break;
+      case Score::sqrt_softplus:
+        std::transform(u, u + K_, u, [](T v) { return std::sqrt(softplus(v)); });
+        break;
     }
   }
 
@@ -250,10 +269,10 @@ class TokenRouter {
     T mean = 0;
     for (Index k = 0; k < K_; ++k) mean += dweights[k] * value_[size(k)];
     for (Index k = 0; k < K_; ++k) {
-      const T divisor_slope = norm.floored                             ? T(0)
-                              : options_.normalize == Normalize::sum   ? T(1)
-                              : norm.norm == 0                         ? T(0)
-                                                                       : value_[size(k)] / norm.norm;
+      const T divisor_slope = norm.floored                           ? T(0)
+                              : options_.normalize == Normalize::sum ? T(1)
+                              : norm.norm == 0                       ? T(0)
+                                                                     : value_[size(k)] / norm.norm;
       const T inner = norm.divisor == 0 ? T(0) : dweights[k] - divisor_slope * mean / norm.divisor;
       dvalue_[size(k)] = norm.divisor == 0 ? T(0) : scale / norm.divisor * inner;
     }
@@ -285,8 +304,8 @@ class TokenRouter {
   Index E_, K_;
   std::span<const T> bias_;
   const RouterOptions& options_;
-  std::vector<T> score_;             // (E,)
-  std::vector<T> value_, dvalue_;    // (K,)
+  std::vector<T> score_;           // (E,)
+  std::vector<T> value_, dvalue_;  // (K,)
   std::vector<Index> chosen_, groups_;
 };
 
@@ -334,10 +353,10 @@ void route_backward(MatrixView<const T> logits, MatrixView<const std::int32_t> i
   });
 }
 
-#define NUMOE_INSTANTIATE(T)                                                                                          \
-  template void route(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&,  \
-                      MatrixView<std::int32_t>, MatrixView<T>);                                                      \
-  template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,             \
+#define NUMOE_INSTANTIATE(T)                                                                                \
+  template void route(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&, \
+                      MatrixView<std::int32_t>, MatrixView<T>);                                             \
+  template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,    \
                                const RouterOptions&, MatrixView<T>);
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)

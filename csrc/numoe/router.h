@@ -23,7 +23,7 @@ struct RouterOptions {
   Index top_k = 1;
   Score score = Score::softmax;
   Normalize normalize = Normalize::sum;
-  double eps = 0;            // added to the divisor, or its floor
+  double eps = 0;  // added to the divisor, or its floor
   bool eps_is_floor = false;
   double scale = 1;
   Index num_groups = 1;

@@ -35,7 +35,7 @@ inline Activated<Lanes<T, N>> gelu_erf(Lanes<T, N> v) {
   using V = Lanes<T, N>;
   V cdf;
   for (int i = 0; i < N; ++i) cdf[i] = T(0.5) * erfc_of(-v[i] * T(0.70710678118654752440));  // Φ(v)
-  const V density = T(0.39894228040143267794) * exp<T, N>(T(-0.5) * v * v);                     // φ(v)
+  const V density = T(0.39894228040143267794) * exp<T, N>(T(-0.5) * v * v);                  // φ(v)
   const V limit = V{} + Float<T>::saturation;
   const V value = v * cdf, slope = cdf + v * density;
   return {v < -limit ? V{} : (v > limit ? v : value), v < -limit ? V{} : (v > limit ? V{} + T(1) : slope)};
@@ -112,12 +112,18 @@ void activate_backward_as(Index n, const T* pre, const T* linear, const T* dh, T
 template <class F>
 inline void with_activation(Activation activation, F f) {
   switch (activation) {
-    case Activation::silu: return f.template operator()<Activation::silu>();
-    case Activation::gelu: return f.template operator()<Activation::gelu>();
-    case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
-    case Activation::relu: return f.template operator()<Activation::relu>();
-    case Activation::relu2: return f.template operator()<Activation::relu2>();
-    case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
+    case Activation::silu:
+      return f.template operator()<Activation::silu>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh:
+      return f.template operator()<Activation::gelu_tanh>();
+    case Activation::relu:
+      return f.template operator()<Activation::relu>();
+    case Activation::relu2:
+      return f.template operator()<Activation::relu2>();
+    case Activation::quick_gelu:
+      return f.template operator()<Activation::quick_gelu>();
   }
 }
 
@@ -152,10 +158,17 @@ T dot(Index n, const T* a, const T* b) {
 template <class T, int N, int R>
 constexpr Kernels<T> make_kernels() {
   if constexpr (sizeof(T) == sizeof(float)) {
-    return {R, 2 * N, Tile<T, N, R>::run, Tile<T, N, R>::run_bf16, widen_panel<N>, activate<T, N>,
-            activate_backward<T, N>, axpy<T, N>, dot<T, N>};
+    return {R,
+            2 * N,
+            Tile<T, N, R>::run,
+            Tile<T, N, R>::run_bf16,
+            widen_panel<N>,
+            activate<T, N>,
+            activate_backward<T, N>,
+            axpy<T, N>,
+            dot<T, N>};
   }
-  return {R, 2 * N, Tile<T, N, R>::run, nullptr, nullptr, activate<T, N>, activate_backward<T, N>,
+  return {R,          2 * N,    Tile<T, N, R>::run, nullptr, nullptr, activate<T, N>, activate_backward<T, N>,
           axpy<T, N>, dot<T, N>};
 }
 

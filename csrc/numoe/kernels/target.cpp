@@ -16,11 +16,11 @@ extern const KernelTable avx2_table, avx512_table;
 
 namespace {
 
-constexpr const KernelTable* tables[] = {  // best first
+constexpr const KernelTable* tables[] = {// best first
 #ifdef NUMOE_X86
-    &avx512_table, &avx2_table,
+                                         &avx512_table, &avx2_table,
 #endif
-    &portable_table};
+                                         &portable_table};
 
 const KernelTable& choose() {
   const char* wanted = std::getenv("NUMOE_TARGET");

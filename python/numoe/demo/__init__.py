@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
 import json
 import sys
 import textwrap
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 from tqdm import tqdm
 
 from numoe import info
@@ -114,16 +113,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
-    """Keep NumPy's products, which are small here, on one thread if threadpoolctl is there to say so.
+    """Keep NumPy's products, which are small here, on one thread.
 
     Two thread pools that spin on the same cores wait for each other: a step is 20 % slower with both on an idle
     machine, and several times slower on a busy one.
     """
-    if importlib.util.find_spec("threadpoolctl") is None:
-        return contextlib.nullcontext()
-    limits: contextlib.AbstractContextManager[Any] = importlib.import_module("threadpoolctl").threadpool_limits(
-        1, user_api="blas"
-    )
+    limits: contextlib.AbstractContextManager[Any] = threadpoolctl.threadpool_limits(1, user_api="blas")
     return limits
 
 
