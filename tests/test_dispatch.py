@@ -205,6 +205,11 @@ def test_capacity_formula(options: dict[str, Any], tokens: int, expected: int) -
     assert numoe.DispatchConfig(**options).group_capacity(tokens, router) == expected
 
 
+def test_a_huge_factor_is_no_limit() -> None:
+    case = Case(2, np.zeros((9, 1), np.int32), np.ones((9, 1)))
+    assert case.plan(capacity_factor=1e308).num_rows == 9
+
+
 def test_masked_tokens_do_not_count_for_capacity() -> None:
     router = numoe.RouterConfig(num_experts=2, top_k=1)
     mask = np.arange(8) < 4  # 4 real tokens: C = 1 * 4 / 2 = 2

@@ -245,6 +245,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B75 dy ragged": (backward([[1.0], [1.0, 2.0]]), "ValueError: dy is not a rectangular array"),
     "B75 d_aux_loss type": (backward(X, d_aux_loss="abc"), "TypeError: d_aux_loss must be a real number"),
     "B75 d_aux_loss nan": (backward(X, d_aux_loss=float("nan")), "ValueError: d_aux_loss must be finite"),
+    "B75 d_aux_loss range": (backward(X, d_aux_loss=1e300), "ValueError: d_aux_loss"),
     "B79 inference": (lambda y: y.backward(X, y(X)), "TypeError: out must be the MoEOutput.*got ndarray"),
     "B80 other config": (lambda y: y.backward(X, make(top_k=1).forward(X)),
         "ValueError: .*another configuration"),
@@ -256,6 +257,8 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B84 dtype": (lambda y: spoiled(y, "w_up", np.ones((E, D, F)))(X), "ValueError: .*got float64"),
     "B84 deleted": (lambda y: spoiled(y, "w_up", None)(X),
         r"ValueError: layer.params\['w_up'\] must .*got None"),
+    "B84 masked": (lambda y: spoiled(y, "w_up", np.ma.masked_array(y.params["w_up"], True))(X),
+        r"ValueError: layer.params\['w_up'\] must"),
     "B16 memory order": (lambda y: spoiled(y, "w_up", np.ones((F, D, E), "f4").T)(X),
         r"ValueError: .*params\['w_up'\] must be C-contiguous"),
     "B90 lengths": (forward(sequence_lengths=[2, 3]), r"ValueError: sequence_lengths .*tokens \(6\)"),
@@ -264,6 +267,8 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B90 wrap": (forward(x=X[:0], sequence_lengths=[2**62] * 4), "ValueError: sequence_lengths"),
     "B72 bias": (lambda y: y.update_choice_bias(y.forward(X)),
         "ValueError: .*choice_bias=True"),
+    "B73 bias without output": (lambda y: make(choice_bias=True).update_choice_bias(None),
+        "TypeError: out must be"),
 }
 # fmt: on
 
@@ -354,6 +359,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "B70 token range": (combine(row_token=plan().row_token + 1),
         r"ValueError: row_token\[\d+\] = 6 is not in 0\.\.5"),
     "B70 offsets": (combine(offsets=plan().offsets[::-1].copy()), "ValueError: offsets must ascend"),
+    "B70 no plan": (lambda: numoe.combine(np.ones((T, D)), None), "TypeError: plan must be a numoe.Dispatch"),
+    "B70 no plan for experts": (lambda: numoe.experts_forward(X, INDICES, make().params, make().config.experts),
+        "TypeError: plan must be a numoe.Dispatch"),
+    "B70 no routing": (lambda: numoe.dispatch(INDICES, ROUTER), "TypeError: routing must be a numoe.Routing"),
     "B70 rows": (lambda: numoe.combine(np.ones((T, D)), plan()), r"ValueError: rows must have shape \(M, D\)"),
     "B66 combine": (lambda: numoe.combine(np.ones((T * K, D)), plan(), np.ones((T, 3))),
         "ValueError: weights"),
@@ -512,6 +521,15 @@ def test_b47_nothing_is_raised_for_finite_or_masked_tokens() -> None:
     layer, real = make(), np.arange(T) != 2
     assert_bitwise_equal(layer(X, nan_policy="raise"), layer(X))
     assert np.isfinite(layer(NAN_X, mask=real, nan_policy="raise")).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"jitter": 0.1, "noise_std": 0.1}, {"aux_losses": {"z": 1e-3}}])
+@pytest.mark.parametrize("size", [1e-300, 1e-40])
+def test_tiny_numbers_are_no_floating_point_error(size: float, options: dict[str, Any]) -> None:
+    """Whatever the caller's `np.errstate`: it is about his own arithmetic."""
+    layer, x = make(**options), np.full((T, D), size)
+    with np.errstate(all="raise"):
+        layer.backward(x, layer.forward(x, rng=0))
 
 
 # ── sizes beyond memory, in a process of its own with 1 GB of address space
