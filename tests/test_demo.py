@@ -4,9 +4,7 @@ import dataclasses
 import io
 import json
 import re
-import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -246,35 +244,7 @@ def test_tables_are_aligned():
 # ------------------------------------------------------------------------------------------------------ pictures
 
 
-def decode_png(blob):
-    """Width, height and RGB pixels of an 8-bit RGB PNG without filters; every checksum is checked."""
-    assert blob[:8] == b"\x89PNG\r\n\x1a\n"
-    at, chunks = 8, {}
-    while at < len(blob):
-        (size,) = struct.unpack(">I", blob[at : at + 4])
-        body = blob[at + 4 : at + 8 + size]
-        assert struct.unpack(">I", blob[at + 8 + size : at + 12 + size]) == (zlib.crc32(body),)
-        chunks[body[:4]] = body[4:]
-        at += 12 + size
-    width, height = struct.unpack(">2I", chunks[b"IHDR"][:8])
-    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
-    assert (lines[:, 0] == 0).all()
-    return lines[:, 1:].reshape(height, width, 3)
-
-
-def test_pictures_without_matplotlib_are_valid_png(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "have_matplotlib", lambda: False)
-    shares = np.array([[0.0, 0.5, 1.0], [1.0, 0.25, 0.0]])
-    pictures.draw_specialists(tmp_path / "a.png", shares, ["x", "y"], [2, 0, 1])
-    pictures.draw_balance(tmp_path / "b.png", ["x"], [np.ones(3)], [np.array([0.1, 0.9])])
-    pixels = decode_png((tmp_path / "a.png").read_bytes())
-    assert pixels.shape == (80, 120, 3)
-    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, -1].tolist() == [8, 48, 107]
-    assert decode_png((tmp_path / "b.png").read_bytes()).shape == (40, 80, 3)
-
-
-def test_pictures_with_matplotlib(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_pictures(tmp_path):
     pictures.draw_specialists(tmp_path / "a.png", np.eye(4)[:, :3], list("wxyz"), [2, 0, 1])
     pictures.draw_balance(tmp_path / "b.png", ["x", "y"], [np.ones(3)] * 2, [np.ones(4) / 4] * 2)
     for name in "ab":

@@ -65,7 +65,7 @@ def plain_array(x: Any, name: str) -> npt.NDArray[Any]:
 def _convert(array: npt.NDArray[Any], name: str, dtype: np.dtype[Any]) -> FloatArray:
     if array.dtype != dtype:
         narrower = dtype.itemsize < array.dtype.itemsize
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             converted = array.astype(dtype)
         if narrower and bool(np.any(np.isinf(converted) & np.isfinite(array))):
             raise ValueError(

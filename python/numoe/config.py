@@ -279,6 +279,7 @@ class DispatchConfig(_Checked):
             assert self.capacity_factor is not None
             choices = router.top_k if self.capacity_times_k else 1
             exact = self.capacity_factor * choices * num_tokens / router.num_experts
+            exact = min(exact, 2.0**62)  # a huge factor is no limit, and has no integer if it overflows
             whole = {"ceil": math.ceil(exact), "floor": math.floor(exact), "nearest": round(exact)}
             size = max(self.min_capacity, whole[self.capacity_rounding])
         step = self.capacity_multiple_of

@@ -11,7 +11,7 @@ import numpy as np
 from numoe import _core
 from numoe._arrays import FloatArray, as_float
 from numoe.config import EXPERT_PARAMS, ExpertConfig
-from numoe.routing import Dispatch, check_config
+from numoe.routing import Dispatch, check_config, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,7 @@ def experts_forward(
     >>> bool(np.all(numoe.combine(rows, out.dispatch, out.routing.weights) == out.y))
     True
     """
+    check_kind(plan, Dispatch, "plan")
     x = as_float(x, "x", ndim=2)
     options = expert_options(config)
     if weights is not None:
@@ -166,6 +167,7 @@ def experts_backward(
     >>> dx.shape, sorted(dparams)
     ((5, 4), ['w_down', 'w_gate', 'w_up'])
     """
+    check_kind(plan, Dispatch, "plan")
     x = as_float(x, "x", ndim=2)
     dresult = as_float(dresult, "dy" if combined else "drows", x.dtype, ndim=2)
     if weights is not None:

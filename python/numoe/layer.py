@@ -331,6 +331,7 @@ class MoELayer:
             _cache=_Cache(self.params, config, tokens, router, routed, shared, found, given),
         )
 
+    @np.errstate(all="ignore")
     def _branches(
         self, x: FloatArray, routing: Routing, plan: Dispatch, real: BoolArray | None, *, keep_cache: bool
     ) -> tuple[FloatArray, Branch, Branch | None]:
@@ -346,6 +347,7 @@ class MoELayer:
 
     # ── backward ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @np.errstate(all="ignore")
     def backward(self, dy: Any, out: MoEOutput, d_aux_loss: float = 1.0) -> MoEGrads:
         r"""Gradients of :math:`\langle dy, y \rangle + d\_aux\_loss \cdot aux\_loss`.
 
@@ -369,7 +371,8 @@ class MoELayer:
         if dy.shape != shape:
             raise ValueError(f"dy must have the shape of out.y, {shape}; got {dy.shape}.")
         dy = dy.reshape(cache.x.shape)
-        scale = checked_real("d_aux_loss", d_aux_loss, low=-math.inf)
+        largest = float(np.finfo(self.dtype).max) / max([1.0, *config.aux_losses.values()])
+        scale = checked_real("d_aux_loss", d_aux_loss, low=-largest, high=largest)
         # y = routed + shared
         dx, dused, dparams = cache.routed.backward(dy, cache.x)
         if cache.shared is not None:
@@ -448,13 +451,15 @@ class MoELayer:
         ):
             for name, shape in shapes.items():
                 value = values.get(name)
-                if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != self.dtype:
-                    got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+                ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+                if value is None or not ours or value.shape != shape or value.dtype != self.dtype:
+                    got = f"{value.dtype} {value.shape}" if value is not None and ours else type(value).__name__
                     raise ValueError(
                         f"layer.{kind}[{name!r}] must be a {self.dtype} array of shape {shape}; got {got}.  "
                         f"Assign in place: layer.{kind}[{name!r}][...] = value."
                     )
 
+    @np.errstate(all="ignore")
     def _router_pass(self, x: FloatArray, shape: tuple[int, ...], logits: Any, rng: Any) -> RouterPass:
         """Logits of the linear router or from outside; jitter, then noise, are drawn in float64 if rng is given."""
         router = self._config.router
@@ -543,6 +548,8 @@ class MoELayer:
         """
         if "choice_bias" not in self.buffers:
             raise ValueError("this layer has no choice bias; build it with choice_bias=True.")
+        if not isinstance(out, MoEOutput):
+            raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
         chosen = out.routing.indices
         counts = np.bincount(chosen[chosen >= 0], minlength=self._config.router.num_experts)
         self.buffers["choice_bias"][...] = losses.update_choice_bias(self.buffers["choice_bias"], counts, rate)

@@ -265,6 +265,7 @@ def route_backward(dweights: Any, routing: Routing, config: RouterConfig) -> Flo
     >>> numoe.route_backward(np.array([[1.0, 0.0]]), routing, config).round(4)
     array([[ 0.    ,  0.2222, -0.2222]])
     """
+    check_kind(routing, Routing, "routing")
     if routing.logits is None:
         raise ValueError("routing has no logits: it came from outside, so there is nothing to differentiate.")
     dweights = as_float(dweights, "dweights", routing.logits.dtype, ndim=2)
@@ -346,6 +347,7 @@ def dispatch(
     >>> plan.row_token, plan.kept[:, 0]
     (array([2, 0], dtype=int32), array([ True, False,  True]))
     """
+    check_kind(routing, Routing, "routing")
     config = DispatchConfig() if config is None else config
     check_config(router, RouterConfig, "router")
     check_config(config, DispatchConfig, "dispatch")
@@ -375,6 +377,12 @@ def check_config(config: Any, kind: type, part: str) -> None:
     if not isinstance(config, kind):
         hint = f"  Pass config.{part}." if hasattr(config, part) else ""
         raise TypeError(f"config must be a numoe.{kind.__name__}; got {type(config).__name__}.{hint}")
+
+
+def check_kind(value: Any, kind: type, name: str) -> None:
+    """`value` is what the step before makes; anything else is named."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a numoe.{kind.__name__}; got {type(value).__name__}.")
 
 
 def check_sequence_lengths(lengths: Any, num_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
@@ -408,6 +416,8 @@ def combine_weights(routing: Routing, plan: Dispatch, router: RouterConfig, conf
     array([[0.5, 0.5],
            [0. , 0. ]])
     """
+    check_kind(routing, Routing, "routing")
+    check_kind(plan, Dispatch, "plan")
     if not config.renormalize_after_drop or config.dropless:
         return routing.weights
     return _core.renormalize_kept(routing.weights, plan.assignment_row, router.scale)
@@ -428,6 +438,8 @@ def combine_weights_backward(
     >>> numoe.combine_weights_backward(np.array([[1.0, 0.0]]), routing, plan, router, drop)
     array([[ 0.25, -0.75]])
     """
+    check_kind(routing, Routing, "routing")
+    check_kind(plan, Dispatch, "plan")
     if not config.renormalize_after_drop or config.dropless:
         return dweights
     return _core.renormalize_kept_backward(routing.weights, plan.assignment_row, router.scale, dweights)
@@ -463,6 +475,7 @@ def combine(rows: Any, plan: Dispatch, weights: Any = None) -> FloatArray:
     >>> numoe.combine(np.array([[8.0], [4.0]]), plan, routing.weights)
     array([[5.]])
     """
+    check_kind(plan, Dispatch, "plan")
     rows = as_float(rows, "rows", ndim=2)
     if weights is not None:
         weights = as_float(weights, "weights", rows.dtype, ndim=2)
@@ -494,6 +507,7 @@ def combine_backward(dy: Any, rows: Any, plan: Dispatch, weights: Any = None) ->
     (array([[0.25],
            [0.75]]), array([[4., 8.]]))
     """
+    check_kind(plan, Dispatch, "plan")
     rows = as_float(rows, "rows", ndim=2)
     dy = as_float(dy, "dy", rows.dtype, ndim=2)
     if weights is not None:

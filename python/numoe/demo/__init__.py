@@ -135,8 +135,6 @@ def _run_parts(setting: _Setting, started: float) -> int:
     (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"\nAll of it took {time.perf_counter() - started:.0f} s.  Written to {out}:")
     print("  specialists.png  balance.png  checkpoint.safetensors  results.json")
-    if not pictures.have_matplotlib():
-        _say("The pictures are plain coloured cells; with pip install 'numoe[plot]' they get axes and labels.")
     return 0 if identical else 1
 
 
