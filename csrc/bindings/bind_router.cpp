@@ -50,9 +50,7 @@ py::array router_logits(const py::array& x_, const py::array& w_, const py::obje
     {
       ReleasedGil nogil;
       matmul(operand(x), operand(w), x.cols, z);
-      for (Index t = 0; t < z.rows; ++t) {
-        for (Index e = 0; e < static_cast<Index>(b.size()); ++e) z(t, e) += b[static_cast<std::size_t>(e)];
-      }
+      add_router_bias(b, z);
     }
     return logits.array;
   });

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "numoe/eigen.h"
 #include "numoe/kernels/kernels.h"
 #include "numoe/parallel.h"
 
@@ -194,7 +195,7 @@ void combine_backward(MatrixView<const T> dy, MatrixView<const T> rows, const Di
       const Index assignment = dispatch.row_assignment[row];
       const T weight = weights ? weights.data[assignment] : T(1);
       const T* source = dy.row(dispatch.row_token[row]);
-      for (Index j = 0; j < dy.cols; ++j) drows(r, j) = weight * source[j];
+      as_row(drows.row(r), dy.cols) = weight * as_row(source, dy.cols);
       dweights.data[assignment] = kernels<T>().dot(dy.cols, source, rows.row(r));
     }
   });

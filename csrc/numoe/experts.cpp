@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "numoe/eigen.h"
 #include "numoe/matmul.h"
 #include "numoe/packed.h"
 #include "numoe/packing.h"
@@ -117,9 +118,7 @@ class Pipeline {
 
 template <class T>
 void add_bias(const T* bias, Index cols, Index rows, T* tile, Index stride) {
-  for (Index r = 0; r < rows; ++r) {
-    for (Index j = 0; j < cols; ++j) tile[r * stride + j] += bias[j];
-  }
+  as_array(MatrixView<T>{tile, rows, cols, stride}).rowwise() += as_row(bias, cols);
 }
 
 // One panel of weights, wide (the type of the arithmetic) or narrow (bfloat16).
@@ -439,9 +438,9 @@ class Backward : Pipeline<T> {
       grads_.weights.data[assignment] = dweight;
     }
     const T weight = weighted ? this->row_weight_[row] : T(1);
-    for (Index j = 0; weighted && j < F_; ++j) dup[j] *= weight;
+    if (weighted) as_row(dup, F_) *= weight;
     kernel_.activate_backward(options_.activation, F_, pre, linear, dup, h, w_.glu() ? dgate : dup, dup);
-    for (Index j = 0; weighted && j < F_; ++j) h[j] *= weight;
+    if (weighted) as_row(h, F_) *= weight;
   }
 
   // out = h · w_down, gate = x · w_gate, up = x · w_up  ⇒  dw_down = hᵀ dout, dw_gate = xᵀ dgate, dw_up = xᵀ dup

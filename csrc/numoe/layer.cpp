@@ -4,6 +4,7 @@
 #include <numeric>
 #include <utility>
 
+#include "numoe/eigen.h"
 #include "numoe/matmul.h"
 #include "numoe/parallel.h"
 
@@ -116,9 +117,7 @@ void PackedLayer<S>::forward(MatrixView<const T> x, MatrixView<T> y) const {
   const auto weights = matrix(pass->weights, tokens, choices);
   const auto indices = matrix(pass->indices, tokens, choices);
   multiply_packed(operand(x), router_panels_.data(), x.cols, logits);
-  for (Index t = 0; t < tokens && !b_router_.empty(); ++t) {
-    for (Index e = 0; e < logits.cols; ++e) logits(t, e) += b_router_[static_cast<std::size_t>(e)];
-  }
+  add_router_bias<T>(b_router_, logits);
   route<T>(logits, choice_bias_, {}, router_, indices, weights);
   routed_.forward(x, pass->sort(tokens, choices, num_experts()), weights, y);
   if (shared_) add_shared(x, y);
@@ -141,9 +140,7 @@ void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
   }
   const auto y_shared = matrix(pass->y, y.rows, y.cols);
   shared_->forward(x, pass->sort(x.rows, 1, 1), used, y_shared);
-  for (Index t = 0; t < y.rows; ++t) {
-    for (Index j = 0; j < y.cols; ++j) y(t, j) += y_shared(t, j);
-  }
+  as_array(y) += as_array(y_shared);
 }
 
 template struct PackedBranch<float>;

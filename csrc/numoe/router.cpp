@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "numoe/eigen.h"
 #include "numoe/parallel.h"
 
 namespace numoe {
@@ -321,6 +322,11 @@ void check_some_expert(const T* z, Index num_experts, Index token) {
 }  // namespace
 
 template <class T>
+void add_router_bias(std::span<const T> b_router, MatrixView<T> logits) {
+  if (!b_router.empty()) as_array(logits).rowwise() += as_row(b_router.data(), logits.cols);
+}
+
+template <class T>
 void route(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
            const RouterOptions& options, MatrixView<std::int32_t> indices, MatrixView<T> weights) {
   parallel_ranges(logits.rows, tokens_per_task, [&](Index begin, Index end) {
@@ -358,6 +364,8 @@ void route_backward(MatrixView<const T> logits, MatrixView<const std::int32_t> i
                       MatrixView<std::int32_t>, MatrixView<T>);                                             \
   template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,    \
                                const RouterOptions&, MatrixView<T>);
+template void add_router_bias(std::span<const float>, MatrixView<float>);
+template void add_router_bias(std::span<const double>, MatrixView<double>);
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)
 #undef NUMOE_INSTANTIATE

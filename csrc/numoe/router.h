@@ -31,6 +31,10 @@ struct RouterOptions {
   GroupScore group_score = GroupScore::top2_sum;
 };
 
+// logits (T, E) += b_router (E), if there is one.
+template <class T>
+void add_router_bias(std::span<const T> b_router, MatrixView<T> logits);
+
 // indices (T, K): chosen experts, best first, ties to the lowest index, NaN below everything; distinct and in range for
 // every bit pattern.  weights (T, K).  A token with mask 0 gets indices -1 and weights 0.
 // choice_bias (E) is added to the scores for choosing only; choice_bias and mask (T) may be empty.
