@@ -76,17 +76,29 @@ inline Index panel_size(Index depth, Index width, bool bf16) { return (bf16 ? (d
 
 inline Index num_panels(Index cols, Index width) { return (cols + width - 1) / width; }
 
+// One row of a panel: `valid` numbers, then zeros up to `width`, a multiple of 16 bytes.
+template <class T>
+void copy_panel_row(const T* source, Index valid, Index width, T* target) {
+  constexpr Index chunk = 16 / sizeof(T);
+  if (valid == width) {
+    for (Index i = 0; i < width; i += chunk) std::memcpy(target + i, source + i, 16);  // one vector move
+  } else {
+    std::copy_n(source, valid, target);
+    std::fill(target + valid, target + width, T(0));
+  }
+}
+
 // Columns [col, col + cols) of b, all `depth` rows → panels [depth][width].  No product of the layer scales its b.
 template <class T>
 void pack_panels(const Operand<T>& b, Index depth, Index col, Index cols, Index width, T* packed) {
   if (b.col_stride == 1 && !b.col_index) {  // row by row through all panels: b's rows may be pages apart
+    constexpr Index line = 64 / sizeof(T), rows_ahead = 8;  // the hardware does not prefetch across pages
     for (Index k = 0; k < depth; ++k) {
       const T* source = b.row(k) + col;
+      const T* later = k + rows_ahead < depth ? b.row(k + rows_ahead) + col : source;
       for (Index j = 0; j < cols; j += width) {
-        T* target = packed + j * depth + k * width;
-        const Index valid = std::min(width, cols - j);
-        std::memcpy(target, source + j, static_cast<std::size_t>(valid) * sizeof(T));
-        std::fill(target + valid, target + width, T(0));
+        for (Index i = 0; i < width; i += line) __builtin_prefetch(later + j + i);
+        copy_panel_row(source + j, std::min(width, cols - j), width, packed + j * depth + k * width);
       }
     }
     return;
