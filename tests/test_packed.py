@@ -3,10 +3,9 @@
 import itertools
 
 import ml_dtypes
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.testing import assert_bitwise_equal
 
 D, F, E, K = 37, 53, 6, 3  # no multiple of any vector width
