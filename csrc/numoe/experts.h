@@ -13,16 +13,24 @@
 
 namespace numoe {
 
-// w_gate is absent for plain MLP experts; biases are absent or all present.
 template <class T>
+struct ExpertBiases {
+  MatrixView<const T> gate, up, down;  // (E, F), (E, F), (E, D); absent, or all present
+};
+
+// S: float, double or bfloat16, the type of the matrices.  w_gate is absent for plain MLP experts; biases are absent or
+// all present.
+template <class S>
 struct ExpertWeights {
-  Tensor3View<const T> gate;      // (E, D, F)
-  Tensor3View<const T> up;        // (E, D, F)
-  Tensor3View<const T> down;      // (E, F, D)
+  using T = Compute<S>;
+  Tensor3View<const S> gate;      // (E, D, F)
+  Tensor3View<const S> up;        // (E, D, F)
+  Tensor3View<const S> down;      // (E, F, D)
   MatrixView<const T> gate_bias;  // (E, F)
   MatrixView<const T> up_bias;    // (E, F)
   MatrixView<const T> down_bias;  // (E, D)
 
+  ExpertBiases<T> biases() const { return {gate_bias, up_bias, down_bias}; }
   bool glu() const { return static_cast<bool>(gate); }
   Index num_experts() const { return up.count; }
   Index d_model() const { return up.rows; }
@@ -46,24 +54,32 @@ struct ExpertCache {
 
 // weights (T, K); absent counts as 1.  With `combined` the result is y (T, D), the weighted sum of each token's rows;
 // without it the unweighted rows (M, D) (weight_on = input still applies its weight).  cache may be absent.
-template <class T>
-void experts_forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights,
-                     const ExpertWeights<T>& experts, const ExpertOptions& options, bool combined, ExpertCache<T> cache,
-                     MatrixView<T> result);
+template <class S>
+void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                     const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
+                     ExpertCache<Compute<S>> cache, MatrixView<Compute<S>> result);
 
-// Gradients, all written; those of experts without rows must come in zeroed and stay so.
+enum class GradStore {
+  fresh,       // the parameters' gradients come in as zeros
+  overwrite,   // they come in as anything
+  accumulate,  // the new ones are added to what is there
+};
+
+// Gradients; x and weights are always written.  Exactly nothing is added for experts without rows.
 template <class T>
 struct ExpertGrads {
   MatrixView<T> x;        // (T, D)
   MatrixView<T> weights;  // (T, K), absent if weights are
   Tensor3View<T> gate, up, down;
   MatrixView<T> gate_bias, up_bias, down_bias;
+  GradStore store = GradStore::fresh;
 };
 
-// dresult: (T, D) or (M, D), as `combined` says.
-template <class T>
-void experts_backward(MatrixView<const T> dresult, MatrixView<const T> x, const DispatchView& dispatch,
-                      MatrixView<const T> weights, const ExpertWeights<T>& experts, const ExpertOptions& options,
-                      bool combined, ExpertCache<const T> cache, const ExpertGrads<T>& grads);
+// dresult: (T, D) or (M, D), as `combined` says.  Without a cache the rows before the activation are computed again.
+template <class S>
+void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Compute<S>> x, const DispatchView& dispatch,
+                      MatrixView<const Compute<S>> weights, const ExpertWeights<S>& experts,
+                      const ExpertOptions& options, bool combined, ExpertCache<const Compute<S>> cache,
+                      const ExpertGrads<Compute<S>>& grads);
 
 }  // namespace numoe

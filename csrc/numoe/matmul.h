@@ -15,18 +15,19 @@ void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T>
 template <class T>
 void multiply_packed(const Operand<T>& a, const T* b_panels, Index depth, MatrixView<T> c);
 
-// The serial part of a product whose b is packed: rows [tile_begin, tile_end) of `tiles` times all panels → c.
+// The serial part of a product whose b is packed: the row tiles of `range` times all panels → c.  Store::stream where
+// c's rows consist of whole cache lines and are not read soon.
 template <class T>
-void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, Index tile_begin, Index tile_end, Index depth,
-                    const T* b_panels, MatrixView<T> c);
+void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, const T* b_panels,
+                    Store store, MatrixView<T> c);
 
 extern template void matmul(const Operand<float>&, const Operand<float>&, Index, MatrixView<float>);
 extern template void matmul(const Operand<double>&, const Operand<double>&, Index, MatrixView<double>);
 extern template void multiply_packed(const Operand<float>&, const float*, Index, MatrixView<float>);
 extern template void multiply_packed(const Operand<double>&, const double*, Index, MatrixView<double>);
-extern template void multiply_tiles(const Operand<float>&, const RowTiles&, Index, Index, Index, const float*,
+extern template void multiply_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
                                     MatrixView<float>);
-extern template void multiply_tiles(const Operand<double>&, const RowTiles&, Index, Index, Index, const double*,
+extern template void multiply_tiles(const Operand<double>&, const RowTiles&, TileRange, Index, const double*, Store,
                                     MatrixView<double>);
 
 }  // namespace numoe

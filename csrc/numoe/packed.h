@@ -4,8 +4,6 @@
 // columns), and separately the down panels.  float32 panels are [depth][W]; bfloat16 panels are [depth/2][W][2].
 #pragma once
 
-#include <type_traits>
-
 #include "numoe/experts.h"
 #include "numoe/packing.h"
 
@@ -33,15 +31,6 @@ class HugeBuffer {
   Index bytes_ = 0;
 };
 
-// The type in which weights of type S are multiplied.
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, bfloat16>, float, S>;
-
-template <class T>
-struct ExpertBiases {
-  MatrixView<const T> gate, up, down;
-};
-
 // S: float, double or bfloat16, the type in which the weights are stored.
 template <class S>
 class PackedExperts {
@@ -63,6 +52,8 @@ class PackedExperts {
     return static_cast<const S*>(down_.data()) + e * down_size_ + col / W_ * down_step_;
   }
   Index gate_to_up() const { return up_step_ / 2; }  // numbers from a GLU's gate panel to its up panel
+  Index up_step() const { return up_step_; }         // numbers from one panel (pair) to the next
+  Index down_step() const { return down_step_; }
 
  private:
   bool glu_;

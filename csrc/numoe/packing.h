@@ -40,6 +40,8 @@ Operand<T> transposed(const Operand<T>& a) {
   return {a.data, a.col_stride, a.row_stride, a.col_index, a.row_index, a.col_scale, a.row_scale};
 }
 
+constexpr Index max_tile_rows = 64, max_tile_cols = 64;  // of any target
+
 // How `rows` rows are cut into tiles of at most `max_height`: all heights equal or differing by one.
 struct RowTiles {
   Index rows;
@@ -49,10 +51,19 @@ struct RowTiles {
   Index begin(Index tile) const { return tile * rows / count(); }
   Index height(Index tile) const { return begin(tile + 1) - begin(tile); }
 };
+struct TileRange {
+  Index begin, end;
+  Index count() const { return end - begin; }
+};
 
 // Rows [row, row + height) of a, all `depth` columns → [depth][height].
 template <class T>
 void pack_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
+  if (a.col_stride == 1 && !a.col_index && !a.row_scale && !a.col_scale) {
+    const T* rows[max_tile_rows];
+    for (Index r = 0; r < height; ++r) rows[r] = a.row(row + r);
+    return kernels<T>().transpose(depth, height, rows, packed, height);
+  }
   if (a.row_stride == 1 && !a.row_index && !a.row_scale) {  // a transposed matrix: runs of `height` lie together
     for (Index k = 0; k < depth; ++k) {
       const T* source = a.col(k) + row;
@@ -76,40 +87,28 @@ inline Index panel_size(Index depth, Index width, bool bf16) { return (bf16 ? (d
 
 inline Index num_panels(Index cols, Index width) { return (cols + width - 1) / width; }
 
-// One row of a panel: `valid` numbers, then zeros up to `width`, a multiple of 16 bytes.
-template <class T>
-void copy_panel_row(const T* source, Index valid, Index width, T* target) {
-  constexpr Index chunk = 16 / sizeof(T);
-  if (valid == width) {
-    for (Index i = 0; i < width; i += chunk) std::memcpy(target + i, source + i, 16);  // one vector move
-  } else {
-    std::copy_n(source, valid, target);
-    std::fill(target + valid, target + width, T(0));
-  }
-}
-
 // Columns [col, col + cols) of b, all `depth` rows → panels [depth][width].  No product of the layer scales its b.
 template <class T>
 void pack_panels(const Operand<T>& b, Index depth, Index col, Index cols, Index width, T* packed) {
-  if (b.col_stride == 1 && !b.col_index) {  // row by row through all panels: b's rows may be pages apart
-    constexpr Index line = 64 / sizeof(T), rows_ahead = 8;  // the hardware does not prefetch across pages
-    for (Index k = 0; k < depth; ++k) {
-      const T* source = b.row(k) + col;
-      const T* later = k + rows_ahead < depth ? b.row(k + rows_ahead) + col : source;
-      for (Index j = 0; j < cols; j += width) {
-        for (Index i = 0; i < width; i += line) __builtin_prefetch(later + j + i);
-        copy_panel_row(source + j, std::min(width, cols - j), width, packed + j * depth + k * width);
+  const T* columns[max_tile_cols];
+  for (Index j = 0; j < cols; j += width, packed += width * depth) {
+    const Index valid = std::min(width, cols - j);
+    if (b.col_stride == 1 && !b.col_index && !b.row_index && valid == width) {
+      kernels<T>().copy_panel(depth, b.data + col + j, b.row_stride, packed);
+    } else if (b.col_stride == 1 && !b.col_index) {
+      for (Index k = 0; k < depth; ++k) {
+        std::copy_n(b.row(k) + col + j, valid, packed + k * width);
+        std::fill_n(packed + k * width + valid, width - valid, T(0));
       }
-    }
-    return;
-  }
-  for (Index j = 0; j < num_panels(cols, width) * width; ++j) {
-    T* target = packed + j / width * width * depth + j % width;
-    if (j < cols) {
-      const T* source = b.col(col + j);
-      for (Index k = 0; k < depth; ++k) target[k * width] = source[k * b.row_stride];
+    } else if (b.row_stride == 1 && !b.row_index) {
+      for (Index i = 0; i < valid; ++i) columns[i] = b.col(col + j + i);
+      kernels<T>().transpose(depth, valid, columns, packed, width);
     } else {
-      for (Index k = 0; k < depth; ++k) target[k * width] = T(0);
+      for (Index i = 0; i < width; ++i) {
+        for (Index k = 0; k < depth; ++k) {
+          packed[k * width + i] = i < valid ? *(b.col(col + j + i) + (b.row(k) - b.data)) : T(0);
+        }
+      }
     }
   }
 }
@@ -135,14 +134,6 @@ inline Index column_block(Index depth, Index cols, Index width, Index tasks, Ind
   const Index shared = (cols + tasks - 1) / tasks;
   return std::max(width, std::min(soon, shared + width - 1) / width * width);
 }
-// The same for columns that a task packs first: they should stay in half of a second-level cache.
-template <class T>
-Index packed_column_block(Index depth, Index cols, Index width, Index tasks, Index rows) {
-  constexpr Index cache_bytes = 256 * 1024;
-  const Index fitting = cache_bytes / (std::max<Index>(depth, 1) * static_cast<Index>(sizeof(T)));
-  return std::max(width, std::min(fitting / width * width, column_block(depth, cols, width, tasks, rows)));
-}
-
 // This thread's buffer number `Slot`, kept until the thread ends, so that calls do not fault in fresh pages each time.
 template <class T, int Slot>
 Buffer<T>& kept_buffer() {

@@ -9,6 +9,7 @@
 #include <new>
 #include <span>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 namespace numoe {
@@ -29,6 +30,10 @@ inline bfloat16 round_to_bfloat16(float value) {
   if (value != value) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
+
+// The type in which numbers of type S are multiplied and added.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, bfloat16>, float, S>;
 
 // rows × cols numbers; row i starts at data + i * stride.
 template <class T>

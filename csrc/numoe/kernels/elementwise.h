@@ -6,6 +6,7 @@
 #include "numoe/kernels/kernels.h"
 #include "numoe/kernels/lanes.h"
 #include "numoe/kernels/tile.h"
+#include "numoe/kernels/transpose.h"
 
 namespace numoe {
 namespace {
@@ -80,6 +81,18 @@ inline Lanes<T, N> load_some(const T* p, int count) {
 template <class T, int N>
 inline void store_some(T* p, Lanes<T, N> v, int count) {
   __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <int N>
+void widen(Index n, const bfloat16* narrow, float* wide) {
+  using Half = Lanes<std::uint16_t, N>;
+  using Word = Lanes<std::uint32_t, N>;
+  Index i = 0;
+  for (; i + N <= n; i += N) store(wide + i, __builtin_convertvector(load<Half>(narrow + i), Word) << 16);
+  for (; i < n; ++i) {
+    const std::uint32_t bits = std::uint32_t{narrow[i].bits} << 16;
+    __builtin_memcpy(wide + i, &bits, sizeof bits);
+  }
 }
 
 template <Activation A, class T, int N>
@@ -157,19 +170,25 @@ T dot(Index n, const T* a, const T* b) {
 // The whole table of one target: N lanes per vector register, tiles of R rows.
 template <class T, int N, int R>
 constexpr Kernels<T> make_kernels() {
+  Kernels<T> table{.tile_rows = R,
+                   .tile_cols = 2 * N,
+                   .tile = Tile<T, N, R>::run,
+                   .tile_bf16 = nullptr,
+                   .copy_panel = copy_panel<T, N>,
+                   .widen = nullptr,
+                   .widen_panel = nullptr,
+                   .transpose = transpose<T, N>,
+                   .stream_end = stream_end,
+                   .activate = activate<T, N>,
+                   .activate_backward = activate_backward<T, N>,
+                   .axpy = axpy<T, N>,
+                   .dot = dot<T, N>};
   if constexpr (sizeof(T) == sizeof(float)) {
-    return {R,
-            2 * N,
-            Tile<T, N, R>::run,
-            Tile<T, N, R>::run_bf16,
-            widen_panel<N>,
-            activate<T, N>,
-            activate_backward<T, N>,
-            axpy<T, N>,
-            dot<T, N>};
+    table.tile_bf16 = Tile<T, N, R>::run_bf16;
+    table.widen = widen<N>;
+    table.widen_panel = widen_panel<N>;
   }
-  return {R,          2 * N,    Tile<T, N, R>::run, nullptr, nullptr, activate<T, N>, activate_backward<T, N>,
-          axpy<T, N>, dot<T, N>};
+  return table;
 }
 
 }  // namespace

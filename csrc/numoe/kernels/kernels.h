@@ -11,21 +11,55 @@ namespace numoe {
 
 enum class Activation { silu, gelu, gelu_tanh, relu, relu2, quick_gelu };
 
+// What a tile does with its sums.
+enum class Store {
+  overwrite,
+  accumulate,  // starts from what is in c
+  stream,      // overwrites past the caches: for results that nobody reads soon; c and c_stride in whole vectors
+};
+
+// Memory that a tile asks for while it computes, one cache line per k: what will be read after it.
+struct Ahead {
+  const void* at = nullptr;
+  Index step = 0;  // bytes per k
+};
+
+// c[r, j] (+)= Σ_k a[k, r] · b[k, j] for j < W, k ascending.
+template <class T, class B = T>
+struct TileArgs {
+  Index depth;
+  const T* a;      // packed [depth][rows]
+  const B* b;      // row k starts at b + k * b_stride
+  Index b_stride;  // W for a panel
+  T* c;            // row r starts at c + r * c_stride
+  Index c_stride;
+  Store store = Store::overwrite;
+  Index near = 1024;  // how many bytes further b is asked for
+  Ahead ahead = {};
+};
+
 template <class T>
 struct Kernels {
-  Index tile_rows;  // R, the largest `rows` of tile()
+  Index tile_rows;  // R, the largest `rows` of a tile
   Index tile_cols;  // W, the width of a panel
 
-  // c[r, j] (+)= Σ_k a[k, r] · b[k, j] for r < rows <= R, j < W, k ascending.
-  // a is packed [depth][rows], b [depth][W]; row r of c starts at c + r * c_stride.
-  void (*tile)(Index depth, Index rows, const T* a, const T* b, T* c, Index c_stride, bool accumulate);
+  void (*tile)(Index rows, const TileArgs<T>&);  // rows <= R
 
-  // The same with bfloat16 weights, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
-  // an odd depth paired with 0.  Absent for double.
-  void (*tile_bf16)(Index depth, Index rows, const T* a, const bfloat16* b, T* c, Index c_stride);
+  // The same with a bfloat16 panel, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
+  // an odd depth paired with 0; b_stride is ignored.  Absent for double.
+  void (*tile_bf16)(Index rows, const TileArgs<T, bfloat16>&);
 
+  // Rows of W numbers, `stride` apart → a panel [depth][W].
+  void (*copy_panel)(Index depth, const T* b, Index stride, T* panel);
+  // n bfloat16 numbers in another type.  Absent for double.
+  void (*widen)(Index n, const bfloat16* narrow, T* wide);
   // A bfloat16 panel [depth/2][W][2] → the panel [depth][W] of the same numbers.  Absent for double.
   void (*widen_panel)(Index depth, const bfloat16* narrow, T* wide);
+  // packed[k * stride + r] = row[r][k] for r < rows, k < depth.  stride = rows: a tile's a.  stride = W: the columns of a
+  // panel, padded with zeros.
+  void (*transpose)(Index depth, Index rows, const T* const* row, T* packed, Index stride);
+
+  void (*stream_end)();  // after the last Store::stream, before anybody else may read
 
   // h = act(pre) * linear; linear == nullptr: h = act(pre).
   void (*activate)(Activation, Index n, const T* pre, const T* linear, T* h);

@@ -53,6 +53,34 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Past the caches where the CPU can; p is aligned to the vector.
+template <class V, class T>
+inline void stream(T* p, V v) {
+#if defined(__x86_64__)
+  V* const place = reinterpret_cast<V*>(p);
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("movntps %1, %0" : "=m"(*place) : "x"(v));
+#ifdef __AVX__
+  } else if constexpr (sizeof(V) == 32) {
+    asm volatile("vmovntps %1, %0" : "=m"(*place) : "x"(v));
+#endif
+#ifdef __AVX512F__
+  } else if constexpr (sizeof(V) == 64) {
+    asm volatile("vmovntps %1, %0" : "=m"(*place) : "v"(v));
+#endif
+  } else {
+    store(p, v);
+  }
+#else
+  store(p, v);
+#endif
+}
+inline void stream_end() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 template <class To, class From>
 inline To reinterpret(From v) {
   static_assert(sizeof(To) == sizeof(From));

@@ -6,72 +6,107 @@
 
 #include <utility>
 
+#include "numoe/kernels/kernels.h"
 #include "numoe/kernels/lanes.h"
-#include "numoe/view.h"
 
 namespace numoe {
 namespace {
 
-constexpr Index prefetch_bytes = 3072;  // how far ahead of a panel's reader its next lines are asked for
-
-// left, right (+)= a · b for one k
-template <class T, int R, class V>
-inline void multiply_add(const T* a, V b_left, V b_right, V (&left)[R], V (&right)[R]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    left[r] += a[r] * b_left;
-    right[r] += a[r] * b_right;
-  }
-}
-template <class T, int N, int R, class V>
-inline void store_rows(T* c, Index stride, const V (&left)[R], const V (&right)[R]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    store(c + r * stride, left[r]);
-    store(c + r * stride + N, right[r]);
-  }
+// The same pointer, of unknown origin: keeps the compiler from computing the addresses of all rows before the loop and
+// parking them on the stack.
+template <class T>
+inline T* forget(T* p) {
+  asm("" : "+r"(p));
+  return p;
 }
 
 template <class T, int N, int R>
-void tile_of_height(Index depth, const T* a, const T* b, T* c, Index c_stride, bool accumulate) {
+struct Accumulators {
   using V = Lanes<T, N>;
   V left[R], right[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) left[r] = right[r] = V{};
-  if (accumulate) {
+
+  // (+)= a · b for one k
+  inline void multiply_add(const T* a, V b_left, V b_right) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      left[r] = load<V>(c + r * c_stride);
-      right[r] = load<V>(c + r * c_stride + N);
+      left[r] += a[r] * b_left;
+      right[r] += a[r] * b_right;
     }
   }
-  for (Index k = 0; k < depth; ++k, a += R, b += 2 * N) {
-    __builtin_prefetch(reinterpret_cast<const char*>(b) + prefetch_bytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(b) + prefetch_bytes + N * sizeof(T));
-    multiply_add<T, R>(a, load<V>(b), load<V>(b + N), left, right);
+  inline void start(T* c, Index stride, Store how) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) left[r] = right[r] = V{};
+    if (how != Store::accumulate) return;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, c = forget(c + stride)) {
+      left[r] = load<V>(c);
+      right[r] = load<V>(c + N);
+    }
   }
-  store_rows<T, N>(c, c_stride, left, right);
+  inline void finish(T* c, Index stride, Store how) const {
+    if (how == Store::stream) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, c = forget(c + stride)) {
+        stream(c, left[r]);
+        stream(c + N, right[r]);
+      }
+      return;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, c = forget(c + stride)) {
+      store(c, left[r]);
+      store(c + N, right[r]);
+    }
+  }
+};
+
+constexpr Index cache_line = 64;
+
+// Asks for the `bytes` that lie `near` bytes beyond b.
+template <Index bytes>
+inline void ask_near(const void* b, Index near) {
+  const char* p = static_cast<const char*>(b) + near;
+  __builtin_prefetch(p);
+  if constexpr (bytes > cache_line) __builtin_prefetch(p + cache_line);
+}
+
+template <class T, int N, int R>
+void tile_of_height(const TileArgs<T>& args) {
+  using V = Lanes<T, N>;
+  const T *a = args.a, *b = args.b;
+  const Index stride = args.b_stride, near = args.near, step = args.ahead.step;
+  const char* ahead = static_cast<const char*>(args.ahead.at);
+  Accumulators<T, N, R> sums;
+  sums.start(args.c, args.c_stride, args.store);
+  for (Index k = args.depth; k > 0; --k, a += R, b += stride, ahead += step) {
+    ask_near<2 * N * sizeof(T)>(b, near);
+    __builtin_prefetch(ahead, 0, 2);
+    sums.multiply_add(a, load<V>(b), load<V>(b + N));
+  }
+  sums.finish(args.c, args.c_stride, args.store);
 }
 
 // Lanes hold pairs (k even in the low half, k odd in the high half): a shift and a mask widen them.
 template <int N, int R>
-void tile_bf16_of_height(Index depth, const float* a, const bfloat16* b, float* c, Index c_stride) {
+void tile_bf16_of_height(const TileArgs<float, bfloat16>& args) {
   using V = Lanes<float, N>;
   using I = Lanes<std::uint32_t, N>;
   const I high_half = I{} + 0xffff0000u;
-  V left[R], right[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) left[r] = right[r] = V{};
-  for (Index k = 0; k < depth; k += 2, a += 2 * R, b += 4 * N) {
-    __builtin_prefetch(reinterpret_cast<const char*>(b) + prefetch_bytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(b) + prefetch_bytes + 4 * N);
-    const I pairs_left = load<I>(b), pairs_right = load<I>(b + 2 * N);
-    multiply_add<float, R>(a, reinterpret<V>(pairs_left << 16), reinterpret<V>(pairs_right << 16), left, right);
-    if (k + 1 == depth) break;
-    multiply_add<float, R>(a + R, reinterpret<V>(pairs_left & high_half), reinterpret<V>(pairs_right & high_half), left,
-                           right);
+  const float* a = args.a;
+  const bfloat16* b = args.b;
+  const Index near = args.near, step = args.ahead.step;
+  const char* ahead = static_cast<const char*>(args.ahead.at);
+  Accumulators<float, N, R> sums;
+  sums.start(args.c, args.c_stride, args.store);
+  for (Index k = args.depth; k > 0; k -= 2, a += 2 * R, b += 4 * N, ahead += step) {
+    ask_near<8 * N>(b, near);
+    __builtin_prefetch(ahead, 0, 2);
+    const I left = load<I>(b), right = load<I>(b + 2 * N);
+    sums.multiply_add(a, reinterpret<V>(left << 16), reinterpret<V>(right << 16));
+    if (k == 1) break;
+    sums.multiply_add(a + R, reinterpret<V>(left & high_half), reinterpret<V>(right & high_half));
   }
-  store_rows<float, N>(c, c_stride, left, right);
+  sums.finish(args.c, args.c_stride, args.store);
 }
 
 template <int N>
@@ -90,16 +125,16 @@ void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
 
 template <class T, int N, int R>
 struct Tile {
-  static void run(Index depth, Index rows, const T* a, const T* b, T* c, Index c_stride, bool accumulate) {
-    heights(std::make_integer_sequence<int, R>{})[rows - 1](depth, a, b, c, c_stride, accumulate);
+  static void run(Index rows, const TileArgs<T>& args) {
+    heights(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
-  static void run_bf16(Index depth, Index rows, const float* a, const bfloat16* b, float* c, Index c_stride) {
-    bf16_heights(std::make_integer_sequence<int, R>{})[rows - 1](depth, a, b, c, c_stride);
+  static void run_bf16(Index rows, const TileArgs<float, bfloat16>& args) {
+    bf16_heights(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
 
  private:
-  using Function = void (*)(Index, const T*, const T*, T*, Index, bool);
-  using Bf16Function = void (*)(Index, const float*, const bfloat16*, float*, Index);
+  using Function = void (*)(const TileArgs<T>&);
+  using Bf16Function = void (*)(const TileArgs<float, bfloat16>&);
   template <int... H>
   static const Function* heights(std::integer_sequence<int, H...>) {
     static constexpr Function table[] = {tile_of_height<T, N, H + 1>...};

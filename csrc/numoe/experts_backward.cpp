@@ -1,0 +1,296 @@
+#include "numoe/forward.h"
+#include "numoe/matmul.h"
+
+namespace numoe {
+namespace {
+
+// Backward.  For one expert, with a = act(gate), h = a * up, out = h · w_down + b_down, y += weight * out:
+//   dh        = dy · w_downᵀ                 (unweighted)
+//   dweight   = ⟨dh, h⟩ + ⟨dy, b_down⟩       = ⟨dy, out⟩: no stored outputs needed
+//   h, dh     *= weight
+//   dgate, dup = activation's adjoint of dh
+//   dw_down   = hᵀ · dy      dw_gate = xᵀ · dgate      dw_up = xᵀ · dup
+//   dx       += dgate · w_gateᵀ + dup · w_upᵀ
+// With the weight on the input, x above is weight * x: dweight = ⟨dinput, x⟩ and dx += weight * dinput.
+template <class S>
+class Backward : Pipeline<Compute<S>> {
+ public:
+  using T = Compute<S>;
+  using Base = Pipeline<T>;
+  Backward(MatrixView<const T> dresult, MatrixView<const T> x, const DispatchView& dispatch,
+           MatrixView<const T> weights, const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
+           ExpertCache<const T> cache, const ExpertGrads<T>& grads)
+      : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined),
+        w_(experts),
+        forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S>(experts), experts.biases()),
+        dy_(dresult),
+        cache_(cache),
+        grads_(grads) {}
+
+  void run() {
+    std::fill_n(grads_.x.data, grads_.x.rows * grads_.x.cols, T(0));
+    if (grads_.weights) std::fill_n(grads_.weights.data, grads_.weights.rows * grads_.weights.cols, T(0));
+    if (grads_.store == GradStore::overwrite) clear_idle_experts();
+    const bool kept = static_cast<bool>(cache_);
+    for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, 2 * D_ + (kept ? 4 : 6) * F_)) {
+      const Index numbers = rows_of(range) * F_;
+      Workspace<T, 4> hidden(numbers);
+      Workspace<T, 5> dgate(w_.glu() ? numbers : 0);
+      Workspace<T, 6> dup(numbers);
+      Workspace<T, 11> gate_again(!kept && w_.glu() ? numbers : 0);
+      Workspace<T, 12> up_again(!kept ? numbers : 0);
+      if (!kept) compute_again(range, gate_again.data(), up_again.data());
+      down_backward(range, dup.data());
+      activation_backward(range, hidden.data(), dgate.data(), dup.data());
+      weight_gradients(range, hidden.data(), dgate.data(), dup.data());
+      up_backward(range, dgate.data(), dup.data());
+    }
+  }
+
+ private:
+  using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
+  using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_, Base::for_passes;
+
+  // The rows before the activation, as the forward had them.
+  void compute_again(const ExpertRange& range, T* gate, T* up) {
+    const Index first = dispatch_.begin(range.begin) * F_;  // the cache is addressed by rows of the whole dispatch
+    const auto view = [&](T* data) { return MatrixView<T>{data - first, dispatch_.num_rows(), F_, F_}; };
+    const ExpertCache<T> cache{w_.glu() ? view(gate) : MatrixView<T>{}, view(up)};
+    forward_.up(range, cache, nullptr);
+    cache_ = {cache.gate, cache.up};
+  }
+
+  void clear_idle_experts() {
+    parallel_for(w_.num_experts(), [&](Index e) {
+      if (dispatch_.rows(e) != 0) return;
+      for (const Tensor3View<T>& dw : {grads_.gate, grads_.up, grads_.down}) {
+        if (dw) std::fill_n(dw[e].data, dw.rows * dw.cols, T(0));
+      }
+      for (const MatrixView<T>& db : {grads_.gate_bias, grads_.up_bias, grads_.down_bias}) {
+        if (db) std::fill_n(db.row(e), db.cols, T(0));
+      }
+    });
+  }
+
+  // dy of expert e's rows: gathered by token, or already one row each.
+  Operand<T> output_gradients(Index e) const {
+    if (combined_) return {dy_.data, dy_.stride, 1, tokens(e)};
+    return {dy_.row(dispatch_.begin(e)), dy_.stride, 1};
+  }
+
+  // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
+  void down_backward(const ExpertRange& range, T* dh) {
+    Workspace<T, 3> dout(rows_of(range) * D_);
+    this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
+    const Index block = column_block(D_, F_, W_, num_threads(), this->most_rows(range));
+    this->for_pieces(
+        range, [&](Index) { return (F_ + block - 1) / block; },
+        [&](Index e, Index piece) {
+          const Index col = piece * block, cols = std::min(block, F_ - col);
+          const PackedRows<T> rows{dout.data() + start(range, e, D_), tiles(e), D_};
+          const Transposed<T, S> panels(w_.down[e], col, cols);
+          for_passes(rows.tiles, [&](TileRange pass) {
+            const Index first = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - first;
+            T* sums = scratch<T, 1>(height * W_);
+            for (Index j = 0; j < cols; j += W_) {
+              multiply_panel(rows, pass, panels, j / W_, Store::overwrite, sums, W_);
+              T* target = dh + start(range, e, F_) + first * F_ + col + j;
+              for (Index r = 0; r < height; ++r) std::copy_n(sums + r * W_, std::min(W_, cols - j), target + r * F_);
+            }
+          });
+        });
+  }
+
+  // h = act(gate) * up  ⇒  dgate, dup; and dweight where the weight is on the output.  dh comes in `dup`.
+  void activation_backward(const ExpertRange& range, T* hidden, T* dgate, T* dup) {
+    constexpr Index rows_per_task = 16;
+    const Index first = dispatch_.begin(range.begin);
+    parallel_ranges(rows_of(range), rows_per_task, [&](Index begin, Index end) {
+      Index e = range.begin;
+      for (Index i = begin; i < end; ++i) {
+        while (dispatch_.begin(e + 1) <= first + i) ++e;
+        activation_backward_row(e, first + i, hidden + i * F_, dgate + (w_.glu() ? i * F_ : 0), dup + i * F_);
+      }
+    });
+  }
+
+  void activation_backward_row(Index e, Index row, T* h, T* dgate, T* dup) {
+    const T* pre = w_.glu() ? cache_.gate.row(row) : cache_.up.row(row);
+    const T* linear = w_.glu() ? cache_.up.row(row) : nullptr;
+    const bool weighted = this->weight_on(WeightOn::output);
+    if (weighted) {
+      T* const dh = dup;
+      kernel_.activate(options_.activation, F_, pre, linear, h);
+      const Index assignment = dispatch_.row_assignment[static_cast<std::size_t>(row)];
+      T dweight = kernel_.dot(F_, dh, h);
+      const T* dy = dy_.row(combined_ ? dispatch_.row_token[static_cast<std::size_t>(row)] : row);
+      if (w_.down_bias) dweight += kernel_.dot(D_, dy, w_.down_bias.row(e));
+      grads_.weights.data[assignment] = dweight;
+    }
+    const T weight = weighted ? this->row_weight_[row] : T(1);
+    if (weighted) as_row(dup, F_) *= weight;
+    kernel_.activate_backward(options_.activation, F_, pre, linear, dup, h, w_.glu() ? dgate : dup, dup);
+    if (weighted) as_row(h, F_) *= weight;
+  }
+
+  // out = h · w_down, gate = x · w_gate, up = x · w_up  ⇒  dw_down = hᵀ dout, dw_gate = xᵀ dgate, dw_up = xᵀ dup
+  void weight_gradients(const ExpertRange& range, const T* hidden, const T* dgate, const T* dup) {
+    const auto rows = [&](const T* data) {
+      return [=, this, &range](Index e) { return Operand<T>{data + start(range, e, F_), F_, 1}; };
+    };
+    const auto inputs = [&](Index e) { return this->inputs(e); };
+    const auto outputs = [&](Index e) { return output_gradients(e); };
+    outer_products(range, rows(hidden), F_, outputs, D_, grads_.down);
+    if (w_.glu()) outer_products(range, inputs, D_, rows(dgate), F_, grads_.gate);
+    outer_products(range, inputs, D_, rows(dup), F_, grads_.up);
+    if (!w_.up_bias) return;
+    const bool weighted = this->weight_on(WeightOn::output);
+    column_sums(
+        range,
+        [&](Index e) {
+          Operand<T> dout = output_gradients(e);
+          if (weighted) dout.row_scale = this->weights_of_rows(e);
+          return dout;
+        },
+        grads_.down_bias);
+    if (w_.glu()) column_sums(range, rows(dgate), grads_.gate_bias);
+    column_sums(range, rows(dup), grads_.up_bias);
+  }
+
+  // dw[e] = left(e)ᵀ · right(e), a sum over the expert's rows in order
+  template <class Left, class Right>
+  void outer_products(const ExpertRange& range, Left left, Index m, Right right, Index n, Tensor3View<T> dw) {
+    constexpr Index large = Index{8} << 20;  // bytes that would only push useful things out of the caches
+    const bool streams = dw.count * m * n * static_cast<Index>(sizeof(T)) > large;
+    const Store store = grads_.store == GradStore::accumulate ? Store::accumulate
+                        : streams                             ? Store::stream
+                                                              : Store::overwrite;
+    const Index padded = num_panels(n, W_) * W_;
+    Workspace<T, 7> panels(rows_of(range) * padded);
+    this->for_pieces(
+        range, [](Index) { return Index{1}; },
+        [&](Index e, Index) {
+          pack_panels(right(e), dispatch_.rows(e), 0, n, W_, panels.data() + start(range, e, padded));
+        });
+    const RowTiles tiles_of_dw{m, kernel_.tile_rows};
+    const Index work_per_tile = kernel_.tile_rows * n * this->most_rows(range);
+    const Index tiles_per_task = std::clamp<Index>(max_task_work / std::max<Index>(1, work_per_tile), 1, 8);
+    const Index pieces = (tiles_of_dw.count() + tiles_per_task - 1) / tiles_per_task;
+    this->for_pieces(
+        range, [&](Index) { return pieces; },
+        [&](Index e, Index piece) {
+          const Index begin = piece * tiles_per_task, end = std::min(begin + tiles_per_task, tiles_of_dw.count());
+          multiply_tiles(transposed(left(e)), tiles_of_dw, {begin, end}, dispatch_.rows(e),
+                         panels.data() + start(range, e, padded), store, dw[e]);
+        });
+  }
+
+  // out += bias  ⇒  dbias = Σ over rows of dout
+  template <class Rows>
+  void column_sums(const ExpertRange& range, Rows rows, MatrixView<T> dbias) {
+    this->for_pieces(
+        range, [](Index) { return Index{1}; },
+        [&](Index e, Index) {
+          const Operand<T> a = rows(e);
+          T* sums = scratch<T, 1>(dbias.cols);
+          std::fill_n(sums, dbias.cols, T(0));
+          for (Index r = 0; r < dispatch_.rows(e); ++r) {
+            kernel_.axpy(dbias.cols, a.row_scale ? a.row_scale[r] : T(1), a.row(r), sums);
+          }
+          if (grads_.store == GradStore::accumulate) {
+            kernel_.axpy(dbias.cols, T(1), sums, dbias.row(e));
+          } else {
+            std::copy_n(sums, dbias.cols, dbias.row(e));
+          }
+        });
+  }
+
+  // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
+  void up_backward(const ExpertRange& range, const T* dgate, const T* dup) {
+    const Index numbers = rows_of(range) * F_;
+    Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
+    Workspace<T, 9> packed_dup(numbers);
+    const auto rows = [&](const T* data) {
+      return [=, this, &range](Index e) { return Operand<T>{data + start(range, e, F_), F_, 1}; };
+    };
+    this->pack_rows(range, rows(dup), F_, packed_dup.data());
+    if (w_.glu()) this->pack_rows(range, rows(dgate), F_, packed_dgate.data());
+    const bool weighted = this->weight_on(WeightOn::input);
+    Workspace<T, 10> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
+    const Index block = column_block(2 * F_, D_, W_, num_threads(), rows_of(range));
+    parallel_for((D_ + block - 1) / block, [&](Index task) {
+      const Index col = task * block, cols = std::min(block, D_ - col);
+      for (Index e = range.begin; e < range.end; ++e) {
+        if (dispatch_.rows(e) == 0) continue;
+        const Index at = start(range, e, F_);
+        up_backward_columns(e, col, cols, {packed_dgate.data() + (w_.glu() ? at : 0), tiles(e), F_},
+                            {packed_dup.data() + at, tiles(e), F_},
+                            weighted ? dinput.data() + start(range, e, D_) : nullptr);
+      }
+    });
+    if (weighted) input_weight_gradients(range, dinput.data());
+  }
+
+  void up_backward_columns(Index e, Index col, Index cols, const PackedRows<T>& dgate, const PackedRows<T>& dup,
+                           T* dinput) {
+    const Transposed<T, S> up(w_.up[e], col, cols);
+    for_passes(dup.tiles, [&](TileRange pass) {
+      const Index first = dup.tiles.begin(pass.begin), height = dup.tiles.begin(pass.end) - first;
+      T* sums = scratch<T, 1>(height * W_);
+      for (Index j = 0; j < cols; j += W_) {
+        multiply_panel(dup, pass, up, j / W_, Store::overwrite, sums, W_);
+        if (w_.glu()) {
+          multiply_panel(dgate, pass, Transposed<T, S>(w_.gate[e], col, cols), j / W_, Store::accumulate, sums, W_);
+        }
+        add_to_dx(e, first, col + j, {sums, height, std::min(W_, cols - j), W_}, dinput);
+      }
+    });
+  }
+
+  void add_to_dx(Index e, Index row, Index col, MatrixView<T> sums, T* dinput) {
+    for (Index r = 0; r < sums.rows; ++r) {
+      const T weight = dinput ? this->weights_of_rows(e)[row + r] : T(1);
+      kernel_.axpy(sums.cols, weight, sums.row(r), grads_.x.row(tokens(e)[row + r]) + col);
+      if (dinput) std::copy_n(sums.row(r), sums.cols, dinput + (row + r) * D_ + col);
+    }
+  }
+
+  // input = weight * x  ⇒  dweight = ⟨dinput, x⟩
+  void input_weight_gradients(const ExpertRange& range, const T* dinput) {
+    const Index first = dispatch_.begin(range.begin);
+    parallel_ranges(rows_of(range), 64, [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        const auto row = static_cast<std::size_t>(first + i);
+        grads_.weights.data[dispatch_.row_assignment[row]] =
+            kernel_.dot(D_, dinput + i * D_, x_.row(dispatch_.row_token[row]));
+      }
+    });
+  }
+
+  const ExpertWeights<S>& w_;
+  Forward<T, RowMajorWeights<T, S>> forward_;  // for what was not kept
+  MatrixView<const T> dy_;
+  ExpertCache<const T> cache_;
+  const ExpertGrads<T>& grads_;
+};
+
+}  // namespace
+
+template <class S>
+void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Compute<S>> x, const DispatchView& dispatch,
+                      MatrixView<const Compute<S>> weights, const ExpertWeights<S>& experts,
+                      const ExpertOptions& options, bool combined, ExpertCache<const Compute<S>> cache,
+                      const ExpertGrads<Compute<S>>& grads) {
+  Backward<S>(dresult, x, dispatch, weights, experts, options, combined, cache, grads).run();
+}
+
+#define NUMOE_INSTANTIATE(S)                                                                                         \
+  template void experts_backward(MatrixView<const Compute<S>>, MatrixView<const Compute<S>>, const DispatchView&,    \
+                                 MatrixView<const Compute<S>>, const ExpertWeights<S>&, const ExpertOptions&, bool, \
+                                 ExpertCache<const Compute<S>>, const ExpertGrads<Compute<S>>&);
+NUMOE_INSTANTIATE(float)
+NUMOE_INSTANTIATE(double)
+NUMOE_INSTANTIATE(bfloat16)
+#undef NUMOE_INSTANTIATE
+
+}  // namespace numoe

@@ -1,0 +1,37 @@
+#include "numoe/forward.h"
+
+namespace numoe {
+
+template <class S>
+void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                     const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
+                     ExpertCache<Compute<S>> cache, MatrixView<Compute<S>> result) {
+  using T = Compute<S>;
+  Forward<T, RowMajorWeights<T, S>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined,
+                                    RowMajorWeights<T, S>(experts), experts.biases())
+      .run(cache, result);
+}
+
+template <class S>
+void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                     const PackedExperts<S>& experts, const ExpertBiases<Compute<S>>& biases,
+                     const ExpertOptions& options, MatrixView<Compute<S>> y) {
+  using T = Compute<S>;
+  Forward<T, PackedWeights<T, S>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, true,
+                                  PackedWeights<T, S>(experts), biases)
+      .run({}, y);
+}
+
+#define NUMOE_INSTANTIATE(S)                                                                                          \
+  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>,      \
+                                const ExpertWeights<S>&, const ExpertOptions&, bool, ExpertCache<Compute<S>>,         \
+                                MatrixView<Compute<S>>);                                                              \
+  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>,      \
+                                const PackedExperts<S>&, const ExpertBiases<Compute<S>>&, const ExpertOptions&,       \
+                                MatrixView<Compute<S>>);
+NUMOE_INSTANTIATE(float)
+NUMOE_INSTANTIATE(double)
+NUMOE_INSTANTIATE(bfloat16)
+#undef NUMOE_INSTANTIATE
+
+}  // namespace numoe

@@ -1,0 +1,191 @@
+// The forward of the experts, over weights that are packed or not.
+//
+//   PackedWeights     panels in place
+//   RowMajorWeights   NumPy's matrices, which their owner may change between calls
+// Both name a matrix of an expert, columns [col, col + cols), as a source of panels.
+#pragma once
+
+#include "numoe/packed.h"
+#include "numoe/pipeline.h"
+
+namespace numoe {
+
+template <class T, class S>
+class RowMajorWeights {
+ public:
+  explicit RowMajorWeights(const ExpertWeights<S>& weights) : w_(weights) {}
+
+  bool glu() const { return w_.glu(); }
+  auto gate(Index e, Index col, Index cols) const { return RowMajor<T, S>(w_.gate[e], col, cols); }
+  auto up(Index e, Index col, Index cols) const { return RowMajor<T, S>(w_.up[e], col, cols); }
+  auto down(Index e, Index col, Index cols) const { return RowMajor<T, S>(w_.down[e], col, cols); }
+
+ private:
+  const ExpertWeights<S>& w_;
+};
+
+template <class T, class S>
+class PackedWeights {
+ public:
+  explicit PackedWeights(const PackedExperts<S>& weights) : w_(weights) {}
+
+  bool glu() const { return w_.glu(); }
+  auto gate(Index e, Index col, Index cols) const { return first(e, col, cols, 0); }
+  auto up(Index e, Index col, Index cols) const { return first(e, col, cols, glu() ? w_.gate_to_up() : 0); }
+  auto down(Index e, Index col, Index cols) const {
+    return PackedPanels<T, S>(w_.down(e, col), w_.down_step(), w_.down(e, col) + panels(cols) * w_.down_step());
+  }
+
+ private:
+  Index panels(Index cols) const { return num_panels(cols, kernels<T>().tile_cols); }
+  PackedPanels<T, S> first(Index e, Index col, Index cols, Index offset) const {
+    return {w_.up(e, col) + offset, w_.up_step(), w_.up(e, col) + panels(cols) * w_.up_step()};
+  }
+
+  const PackedExperts<S>& w_;
+};
+
+// rows of a tile, or of a panel of sums, plus a bias
+template <class T>
+void add_bias(const T* bias, Index cols, Index rows, T* sums, Index stride) {
+  as_array(MatrixView<T>{sums, rows, cols, stride}).rowwise() += as_row(bias, cols);
+}
+
+template <class T, class Weights>
+class Forward : Pipeline<T> {
+ public:
+  using Base = Pipeline<T>;
+  Forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
+          const ExpertOptions& options, bool combined, const Weights& matrices, ExpertBiases<T> bias)
+      : Base(x, dispatch, weights, d_model, d_ff, options, combined), matrices_(matrices), bias_(bias) {}
+
+  void run(ExpertCache<T> cache, MatrixView<T> result) const {
+    if (combined_) clear(result);
+    for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, D_ + F_)) {
+      Workspace<T, 4> hidden(rows_of(range) * F_);
+      up(range, cache, hidden.data());
+      down(range, hidden.data(), result);
+    }
+  }
+
+  // cache.gate = x · w_gate + b_gate, cache.up = x · w_up + b_up, and
+  // hidden = act(gate) * up, stored as row tiles for the next product; either may be absent
+  void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
+    Workspace<T, 3> inputs(rows_of(range) * D_);
+    this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
+    const Index block = column_block(2 * D_, F_, W_, num_threads(), this->most_rows(range));
+    this->for_pieces(
+        range, [&](Index) { return (F_ + block - 1) / block; },
+        [&](Index e, Index piece) {
+          const Index col = piece * block, cols = std::min(block, F_ - col);
+          const PackedRows<T> rows{inputs.data() + start(range, e, D_), tiles(e), D_};
+          up_columns(e, col, cols, rows, cache, hidden ? hidden + start(range, e, F_) : nullptr);
+        });
+  }
+
+ private:
+  using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
+  using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::for_passes;
+
+  static void clear(MatrixView<T> y) {
+    parallel_ranges(y.rows, 256, [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, T(0));
+    });
+  }
+
+  // The first matrix of a GLU is w_gate; plain MLP experts have w_up alone.
+  void up_columns(Index e, Index col, Index cols, const PackedRows<T>& x, ExpertCache<T> cache, T* hidden) const {
+    const bool glu = matrices_.glu();
+    const auto up = matrices_.up(e, col, cols);
+    const auto gate = glu ? matrices_.gate(e, col, cols) : up;
+    const Index panels = num_panels(cols, W_);
+    for_passes(x.tiles, [&](TileRange pass) {
+      const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
+      const Index at_once = up.panels_at_once(pass.count());
+      T* pre = scratch<T, 1>((glu ? 3 : 2) * at_once * size);
+      T* h = pre + at_once * size;
+      T* linear = glu ? h + at_once * size : nullptr;
+      for (Index j = 0; j < panels; j += at_once) {
+        multiply_panels(x, pass, gate, j, at_once, Store::overwrite, pre);
+        if (glu) multiply_panels(x, pass, up, j, at_once, Store::overwrite, linear);
+        for (Index p = 0; p < at_once; ++p) {
+          const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
+          const MatrixView<T> first_sums{pre + p * size, height, valid, W_};
+          finish(e, col + panel_col, first, first_sums, glu ? bias_.gate : bias_.up, glu ? cache.gate : cache.up);
+          if (glu) finish(e, col + panel_col, first, {linear + p * size, height, valid, W_}, bias_.up, cache.up);
+        }
+        if (!hidden) continue;
+        kernel_.activate(options_.activation, at_once * size, pre, linear, h);
+        for (Index p = 0; p < at_once; ++p) {
+          const Index panel_col = (j + p) * W_;
+          store_hidden(x.tiles, pass, col + panel_col, std::min(W_, cols - panel_col), h + p * size, hidden);
+        }
+      }
+    });
+  }
+
+  // Adds the bias to sums of rows [row, ..) before the activation, and keeps them for the backward if there is a cache.
+  void finish(Index e, Index col, Index row, MatrixView<T> sums, MatrixView<const T> bias, MatrixView<T> cache) const {
+    if (bias) add_bias(bias.row(e) + col, sums.cols, sums.rows, sums.data, sums.stride);
+    if (!cache) return;
+    for (Index r = 0; r < sums.rows; ++r) {
+      std::copy_n(sums.row(r), sums.cols, cache.row(dispatch_.begin(e) + row + r) + col);
+    }
+  }
+
+  // h (rows of the pass, W) → columns [col, col + cols) of the expert's row tiles
+  void store_hidden(const RowTiles& row_tiles, TileRange pass, Index col, Index cols, const T* h, T* hidden) const {
+    const T* rows[max_tile_rows];
+    for (Index i = pass.begin; i < pass.end; ++i) {
+      const Index height = row_tiles.height(i);
+      for (Index r = 0; r < height; ++r, h += W_) rows[r] = h;
+      kernel_.transpose(cols, height, rows, hidden + row_tiles.begin(i) * F_ + col * height, height);
+    }
+  }
+
+  // result (+)= weight * (hidden · w_down + b_down); a task owns its columns and takes the experts in order
+  void down(const ExpertRange& range, const T* hidden, MatrixView<T> result) const {
+    const Index block = column_block(F_, D_, W_, num_threads(), rows_of(range));
+    parallel_for((D_ + block - 1) / block, [&](Index task) {
+      const Index col = task * block, cols = std::min(block, D_ - col);
+      for (Index e = range.begin; e < range.end; ++e) {
+        if (dispatch_.rows(e) == 0) continue;
+        down_columns(e, col, cols, {hidden + start(range, e, F_), tiles(e), F_}, result);
+      }
+    });
+  }
+
+  void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
+    const auto down = matrices_.down(e, col, cols);
+    for_passes(hidden.tiles, [&](TileRange pass) {
+      const Index first = hidden.tiles.begin(pass.begin), height = hidden.tiles.begin(pass.end) - first;
+      const Index at_once = down.panels_at_once(pass.count());
+      T* sums = scratch<T, 1>(at_once * height * W_);
+      for (Index j = 0; j < num_panels(cols, W_); j += at_once) {
+        multiply_panels(hidden, pass, down, j, at_once, Store::overwrite, sums);
+        for (Index p = 0; p < at_once; ++p) {
+          const Index panel_col = (j + p) * W_;
+          add_to_result(e, first, col + panel_col,
+                        {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_}, result);
+        }
+      }
+    });
+  }
+
+  void add_to_result(Index e, Index row, Index col, MatrixView<T> sums, MatrixView<T> result) const {
+    if (bias_.down) add_bias(bias_.down.row(e) + col, sums.cols, sums.rows, sums.data, sums.stride);
+    const T* weights = this->weight_on(WeightOn::output) ? this->weights_of_rows(e) + row : nullptr;
+    for (Index r = 0; r < sums.rows; ++r) {
+      if (combined_) {
+        kernel_.axpy(sums.cols, weights ? weights[r] : T(1), sums.row(r), result.row(tokens(e)[row + r]) + col);
+      } else {
+        std::copy_n(sums.row(r), sums.cols, result.row(dispatch_.begin(e) + row + r) + col);
+      }
+    }
+  }
+
+  Weights matrices_;
+  ExpertBiases<T> bias_;
+};
+
+}  // namespace numoe

@@ -1,0 +1,223 @@
+// Where the panels of a product come from, and the loops of tiles over them.
+//
+//   PackedPanels   panels that are packed already: weights of a PackedExperts, or somebody's scratch
+//   RowMajor       a row-major matrix whose owner may change it between calls: packed on the fly, block by block
+//   Transposed     the transpose of such a matrix
+//
+// Every product is cut along k into blocks that stay in a cache while all row tiles pass over them; the tiles of one
+// block ask for the next.  An element's sum runs over ascending k through all of them, so no cut changes a bit.
+#pragma once
+
+#include <type_traits>
+
+#include "numoe/packing.h"
+
+namespace numoe {
+
+constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
+
+// Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.
+template <class T>
+struct PackedRows {
+  const T* data;
+  RowTiles tiles;
+  Index depth;
+
+  const T* tile(Index i) const { return data + tiles.begin(i) * depth; }
+};
+
+// Rows k.. of a panel as a tile reads them: of the arithmetic's type, or bfloat16 pairs.
+template <class T>
+struct PanelBlock {
+  const T* wide = nullptr;
+  const bfloat16* narrow = nullptr;
+};
+
+// The i-th of n shares of `bytes` at p, asked for during `depth` steps.
+inline Ahead share_of(const void* p, Index bytes, Index i, Index n, Index depth) {
+  return {static_cast<const char*>(p) + i * bytes / n, bytes / (n * depth)};
+}
+
+// ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
+
+// Panel j starts at data + j * step.  bfloat16 panels are [depth/2][W][2]; they are widened in registers for few tiles,
+// once per block for more, because widening twice costs less than a pass through the cache.
+template <class T, class S>
+class PackedPanels {
+ public:
+  PackedPanels(const S* data, Index step, const S* end) : data_(data), step_(step), end_(end) {}
+
+  PanelBlock<T> block(Index j, Index k, Index depth, Index tiles) const {
+    const S* panel = data_ + j * step_ + k * W_;
+    if constexpr (std::is_same_v<S, T>) {
+      return {panel, nullptr};
+    } else {
+      if (tiles <= 2) return {nullptr, panel};
+      T* wide = scratch<T, 0>(block_depth * W_);
+      kernels<T>().widen_panel(depth, panel, wide);
+      return {wide, nullptr};
+    }
+  }
+  Index panels_at_once(Index) const { return 1; }
+  // Whatever lies next in memory is next to be read.
+  Ahead after(Index j, Index k, Index depth, Index i, Index n) const {
+    const S* next = data_ + j * step_ + (k + depth) * W_;
+    const Index bytes = std::min(depth * W_, end_ - next) * static_cast<Index>(sizeof(S));
+    return bytes > 0 ? share_of(next, bytes, i, n, depth) : Ahead{data_, 0};
+  }
+
+ private:
+  const S* data_;
+  Index step_;
+  const S* end_;
+  Index W_ = kernels<T>().tile_cols;
+};
+
+// ── panels packed on the fly ────────────────────────────────────────────────────────────────────────────────────────
+
+// Columns [col, col + cols) of a row-major matrix.  S: its type; T: that of the arithmetic.
+//
+// For few tiles, packing would cost more than the product.  Then the matrix is read as it lies in memory, some rows at a
+// time through all columns, and the sums of all panels wait in c.
+template <class T, class S>
+class RowMajor {
+ public:
+  RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
+
+  Index panels_at_once(Index tiles) const { return tiles <= 2 ? num_panels(cols_, W_) : 1; }
+
+  void multiply_all(const PackedRows<T>& rows, TileRange range, Store store, T* c) const {
+    constexpr Index depth_at_once = 32;
+    const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first;
+    for (Index k = 0; k < rows.depth; k += depth_at_once) {
+      const Index depth = std::min(depth_at_once, rows.depth - k);
+      for (Index j = 0; j < num_panels(cols_, W_); ++j) {
+        const auto [b, stride] = some_rows(j, k, depth);
+        for (Index i = range.begin; i < range.end; ++i) {
+          const Index rows_of_tile = rows.tiles.height(i);
+          T* target = c + (j * height + rows.tiles.begin(i) - first) * W_;
+          kernels<T>().tile(rows_of_tile, {depth, rows.tile(i) + k * rows_of_tile, b, stride, target, W_,
+                                           k == 0 ? store : Store::accumulate, 1024, {b, 0}});
+        }
+      }
+    }
+  }
+
+  PanelBlock<T> block(Index j, Index k, Index depth, Index) const {
+    T* panel = scratch<T, 0>(block_depth * W_);
+    const Index valid = std::min(W_, cols_ - j * W_);
+    const S* source = b_.row(k) + col_ + j * W_;
+    if constexpr (std::is_same_v<S, T>) {
+      pack_panels(Operand<T>{source, b_.stride, 1}, depth, 0, valid, W_, panel);
+    } else {
+      for (Index i = 0; i < depth; ++i, source += b_.stride) {
+        kernels<T>().widen(valid, source, panel + i * W_);
+        std::fill_n(panel + i * W_ + valid, W_ - valid, T(0));
+      }
+    }
+    return {panel, nullptr};
+  }
+  // Each tile asks for one line of every row.
+  Ahead after(Index j, Index k, Index depth, Index i, Index) const {
+    constexpr Index line = 64 / sizeof(S);
+    const bool same_panel = k + depth < b_.rows;
+    const Index row = same_panel ? k + depth : 0, first = (same_panel ? j : j + 1) * W_ + i * line;
+    const bool wanted = i * line < W_ && first < cols_;
+    return wanted ? Ahead{b_.row(row) + col_ + first, b_.stride * static_cast<Index>(sizeof(S))} : Ahead{b_.data, 0};
+  }
+
+ private:
+  struct Rows {
+    const T* b;
+    Index stride;
+  };
+  // Rows [k, k + depth) of panel j: in place, or in scratch where they must be widened or padded.
+  Rows some_rows(Index j, Index k, Index depth) const {
+    const bool whole = (j + 1) * W_ <= cols_;
+    if constexpr (std::is_same_v<S, T>) {
+      if (whole) return {b_.row(k) + col_ + j * W_, b_.stride};
+    }
+    return {block(j, k, depth, 1).wide, W_};
+  }
+
+  MatrixView<const S> b_;
+  Index col_, cols_;
+  Index W_ = kernels<T>().tile_cols;
+};
+
+// Columns [col, col + cols) of the transpose of a row-major matrix: rows of that matrix.
+template <class T, class S>
+class Transposed {
+ public:
+  Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
+
+  PanelBlock<T> block(Index j, Index k, Index depth, Index) const {
+    const T* columns[max_tile_cols];
+    T* panel = scratch<T, 0>(block_depth * W_);
+    const Index valid = std::min(W_, cols_ - j * W_);
+    for (Index i = 0; i < valid; ++i) {
+      const S* source = b_.row(col_ + j * W_ + i) + k;
+      if constexpr (std::is_same_v<S, T>) {
+        columns[i] = source;
+      } else {
+        T* wide = scratch<T, 2>(block_depth * W_) + i * block_depth;
+        kernels<T>().widen(depth, source, wide);
+        columns[i] = wide;
+      }
+    }
+    kernels<T>().transpose(depth, valid, columns, panel, W_);
+    return {panel, nullptr};
+  }
+  Index panels_at_once(Index) const { return 1; }
+  Ahead after(Index, Index, Index, Index, Index) const { return {b_.data, 0}; }  // rows in turn: left to the hardware
+
+ private:
+  MatrixView<const S> b_;
+  Index col_, cols_;
+  Index W_ = kernels<T>().tile_cols;
+};
+
+// ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// c (+)= rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
+template <class T, class Source>
+void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Store store, T* c,
+                    Index c_stride) {
+  constexpr Index one_memory_away = 3072, one_cache_away = 1024;
+  const Kernels<T>& kernel = kernels<T>();
+  const Index first = rows.tiles.begin(range.begin), n = range.count();
+  for (Index k = 0; k < rows.depth; k += block_depth) {
+    const Index depth = std::min(block_depth, rows.depth - k);
+    const PanelBlock<T> b = source.block(j, k, depth, n);
+    for (Index i = range.begin; i < range.end; ++i) {
+      const Index height = rows.tiles.height(i);
+      const T* a = rows.tile(i) + k * height;
+      T* target = c + (rows.tiles.begin(i) - first) * c_stride;
+      const Index near = n == 1 ? one_memory_away : one_cache_away;
+      const Ahead ahead = source.after(j, k, depth, i - range.begin, n);
+      const Store how = k == 0 ? store : Store::accumulate;
+      if (b.narrow) {
+        kernel.tile_bf16(height, {depth, a, b.narrow, 0, target, c_stride, how, near, ahead});
+      } else {
+        kernel.tile(height, {depth, a, b.wide, kernel.tile_cols, target, c_stride, how, near, ahead});
+      }
+    }
+  }
+  if (rows.depth == 0 && store != Store::accumulate) {
+    for (Index r = 0; r < rows.tiles.begin(range.end) - first; ++r) std::fill_n(c + r * c_stride, kernel.tile_cols, T(0));
+  }
+}
+
+// c (+)= rows · panels [j, j + count); c is [count][rows][W].
+template <class T, class Source>
+void multiply_panels(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Index count, Store store,
+                     T* c) {
+  if constexpr (requires { &Source::multiply_all; }) {
+    if (source.panels_at_once(range.count()) > 1) return source.multiply_all(rows, range, store, c);
+  }
+  const Index width = kernels<T>().tile_cols;
+  const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
+  for (Index p = 0; p < count; ++p) multiply_panel(rows, range, source, j + p, store, c + p * size, width);
+}
+
+}  // namespace numoe

@@ -1,0 +1,127 @@
+// The common ground of the experts' forward and backward: geometry, operands, and loops over (expert, piece) tasks.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "numoe/eigen.h"
+#include "numoe/experts.h"
+#include "numoe/panels.h"
+#include "numoe/parallel.h"
+
+namespace numoe {
+
+// Experts [begin, end), walked through together so that scratch memory stays bounded however many tokens come.
+struct ExpertRange {
+  Index begin, end;
+};
+
+template <class T>
+std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index numbers_per_row) {
+  constexpr Index budget = Index{64} << 20;  // bytes of scratch; one expert alone may need more
+  std::vector<ExpertRange> ranges;
+  const Index most_rows = std::max<Index>(1, budget / (numbers_per_row * static_cast<Index>(sizeof(T))));
+  for (Index e = 0; e < dispatch.num_experts(); ++e) {
+    if (dispatch.rows(e) == 0) continue;
+    const bool fits = !ranges.empty() && dispatch.begin(e + 1) - dispatch.begin(ranges.back().begin) <= most_rows;
+    if (fits) {
+      ranges.back().end = e + 1;
+    } else {
+      ranges.push_back({e, e + 1});
+    }
+  }
+  return ranges;
+}
+
+template <class T>
+class Pipeline {
+ public:
+  Pipeline(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
+           const ExpertOptions& options, bool combined)
+      : x_(x),
+        dispatch_(dispatch),
+        options_(options),
+        combined_(combined),
+        D_(d_model),
+        F_(d_ff),
+        W_(kernel_.tile_cols),
+        row_weight_(weights ? dispatch.num_rows() : 0) {
+    for (Index r = 0; r < row_weight_.size(); ++r) {
+      row_weight_[r] = weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]];
+    }
+  }
+
+ protected:
+  RowTiles tiles(Index e) const { return {dispatch_.rows(e), kernel_.tile_rows}; }
+  const std::int32_t* tokens(Index e) const { return dispatch_.row_token.data() + dispatch_.begin(e); }
+  const T* weights_of_rows(Index e) const {
+    return row_weight_.size() ? row_weight_.data() + dispatch_.begin(e) : nullptr;
+  }
+  bool weight_on(WeightOn place) const { return row_weight_.size() && options_.weight_on == place; }
+
+  // x of expert e's rows, gathered; scaled if the weight goes on the input.
+  Operand<T> inputs(Index e) const {
+    Operand<T> rows{x_.data, x_.stride, 1, tokens(e)};
+    if (weight_on(WeightOn::input)) rows.row_scale = weights_of_rows(e);
+    return rows;
+  }
+
+  // Where expert e's packed rows of `depth` numbers start in a buffer for the experts of `range`.
+  Index start(const ExpertRange& range, Index e, Index depth) const {
+    return (dispatch_.begin(e) - dispatch_.begin(range.begin)) * depth;
+  }
+  Index rows_of(const ExpertRange& range) const { return dispatch_.begin(range.end) - dispatch_.begin(range.begin); }
+
+  Index most_rows(const ExpertRange& range) const {
+    Index most = 0;
+    for (Index e = range.begin; e < range.end; ++e) most = std::max(most, dispatch_.rows(e));
+    return most;
+  }
+
+  // body(tiles) for as many tiles at a time as their sums fit a cache beside the panel.
+  template <class Body>
+  void for_passes(const RowTiles& row_tiles, Body body) const {
+    constexpr Index rows_of_sums = 256;
+    const Index count = row_tiles.count(), at_once = std::max<Index>(1, rows_of_sums / kernel_.tile_rows);
+    const Index passes = (count + at_once - 1) / at_once;
+    for (Index i = 0; i < passes; ++i) body(TileRange{i * count / passes, (i + 1) * count / passes});
+  }
+
+  // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.
+  template <class Pieces, class Body>
+  void for_pieces(const ExpertRange& range, Pieces pieces, Body body) const {
+    std::vector<std::pair<Index, Index>> tasks;
+    for (Index e = range.begin; e < range.end; ++e) {
+      for (Index i = 0; i < (dispatch_.rows(e) ? pieces(e) : 0); ++i) tasks.emplace_back(e, i);
+    }
+    parallel_for(static_cast<Index>(tasks.size()), [&](Index task) {
+      body(tasks[static_cast<std::size_t>(task)].first, tasks[static_cast<std::size_t>(task)].second);
+    });
+  }
+
+  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles.
+  template <class Rows>
+  void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
+    constexpr Index tiles_per_task = 8;
+    for_pieces(
+        range, [&](Index e) { return (tiles(e).count() + tiles_per_task - 1) / tiles_per_task; },
+        [&](Index e, Index piece) {
+          const RowTiles t = tiles(e);
+          const Index last = std::min(t.count(), (piece + 1) * tiles_per_task);
+          for (Index i = piece * tiles_per_task; i < last; ++i) {
+            pack_tile(rows(e), t.begin(i), t.height(i), depth, packed + start(range, e, depth) + t.begin(i) * depth);
+          }
+        });
+  }
+
+  MatrixView<const T> x_;
+  const DispatchView& dispatch_;
+  ExpertOptions options_;
+  bool combined_;
+  const Kernels<T>& kernel_ = kernels<T>();
+  Index D_, F_, W_;
+  Buffer<T> row_weight_;  // (M,), empty if the weights are absent
+};
+
+}  // namespace numoe
