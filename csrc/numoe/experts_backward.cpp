@@ -248,10 +248,10 @@ class Backward : Pipeline<Compute<S>> {
   }
 
   void add_to_dx(Index e, Index row, Index col, MatrixView<T> sums, T* dinput) {
-    for (Index r = 0; r < sums.rows; ++r) {
-      const T weight = dinput ? this->weights_of_rows(e)[row + r] : T(1);
-      kernel_.axpy(sums.cols, weight, sums.row(r), grads_.x.row(tokens(e)[row + r]) + col);
-      if (dinput) std::copy_n(sums.row(r), sums.cols, dinput + (row + r) * D_ + col);
+    kernel_.add_rows(sums.rows, sums.cols, dinput ? this->weights_of_rows(e) + row : nullptr, sums.data, sums.stride,
+                     tokens(e) + row, grads_.x.data + col, grads_.x.stride);
+    for (Index r = 0; dinput && r < sums.rows; ++r) {
+      std::copy_n(sums.row(r), sums.cols, dinput + (row + r) * D_ + col);
     }
   }
 

@@ -174,13 +174,14 @@ class Forward : Pipeline<T> {
 
   void add_to_result(Index e, Index row, Index col, MatrixView<T> sums, MatrixView<T> result) const {
     if (bias_.down) add_bias(bias_.down.row(e) + col, sums.cols, sums.rows, sums.data, sums.stride);
-    const T* weights = this->weight_on(WeightOn::output) ? this->weights_of_rows(e) + row : nullptr;
+    if (combined_) {
+      const T* weights = this->weight_on(WeightOn::output) ? this->weights_of_rows(e) + row : nullptr;
+      kernel_.add_rows(sums.rows, sums.cols, weights, sums.data, sums.stride, tokens(e) + row, result.data + col,
+                       result.stride);
+      return;
+    }
     for (Index r = 0; r < sums.rows; ++r) {
-      if (combined_) {
-        kernel_.axpy(sums.cols, weights ? weights[r] : T(1), sums.row(r), result.row(tokens(e)[row + r]) + col);
-      } else {
-        std::copy_n(sums.row(r), sums.cols, result.row(dispatch_.begin(e) + row + r) + col);
-      }
+      std::copy_n(sums.row(r), sums.cols, result.row(dispatch_.begin(e) + row + r) + col);
     }
   }
 

@@ -43,13 +43,18 @@ Operand<T> transposed(const Operand<T>& a) {
 constexpr Index max_tile_rows = 64, max_tile_cols = 64;  // of any target
 
 // How `rows` rows are cut into tiles of at most `max_height`: all heights equal or differing by one.
-struct RowTiles {
-  Index rows;
-  Index max_height;
+class RowTiles {
+ public:
+  RowTiles(Index rows, Index max_height)
+      : count_((rows + max_height - 1) / max_height), height_(rows / std::max<Index>(1, count_)),
+        higher_(rows - count_ * height_) {}
 
-  Index count() const { return (rows + max_height - 1) / max_height; }
-  Index begin(Index tile) const { return tile * rows / count(); }
-  Index height(Index tile) const { return begin(tile + 1) - begin(tile); }
+  Index count() const { return count_; }
+  Index begin(Index tile) const { return tile * height_ + std::min(tile, higher_); }
+  Index height(Index tile) const { return height_ + (tile < higher_ ? 1 : 0); }
+
+ private:
+  Index count_, height_, higher_;  // the first `higher_` tiles have one row more
 };
 struct TileRange {
   Index begin, end;

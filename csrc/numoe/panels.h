@@ -33,10 +33,16 @@ struct PanelBlock {
   const bfloat16* narrow = nullptr;
 };
 
-// The i-th of n shares of `bytes` at p, asked for during `depth` steps.
-inline Ahead share_of(const void* p, Index bytes, Index i, Index n, Index depth) {
-  return {static_cast<const char*>(p) + i * bytes / n, bytes / (n * depth)};
-}
+// What the tiles of a block ask for: tile i < tiles from at + i * per_tile on, `step` bytes further for each k.
+struct NextBlock {
+  const void* at;
+  Index per_tile = 0, step = 0, tiles = 0;
+
+  Ahead of_tile(Index i) const {
+    if (i >= tiles) return {at, 0};
+    return {static_cast<const char*>(at) + i * per_tile, step};
+  }
+};
 
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -60,10 +66,12 @@ class PackedPanels {
   }
   Index panels_at_once(Index) const { return 1; }
   // Whatever lies next in memory is next to be read.
-  Ahead after(Index j, Index k, Index depth, Index i, Index n) const {
+  NextBlock after(Index j, Index k, Index depth, Index tiles) const {
     const S* next = data_ + j * step_ + (k + depth) * W_;
     const Index bytes = std::min(depth * W_, end_ - next) * static_cast<Index>(sizeof(S));
-    return bytes > 0 ? share_of(next, bytes, i, n, depth) : Ahead{data_, 0};
+    if (bytes <= 0) return {data_};
+    const Index steps = std::is_same_v<S, T> || tiles > 2 ? depth : (depth + 1) / 2;
+    return {next, bytes / tiles, bytes / (tiles * steps), tiles};
   }
 
  private:
@@ -118,12 +126,13 @@ class RowMajor {
     return {panel, nullptr};
   }
   // Each tile asks for one line of every row.
-  Ahead after(Index j, Index k, Index depth, Index i, Index) const {
-    constexpr Index line = 64 / sizeof(S);
+  NextBlock after(Index j, Index k, Index depth, Index) const {
+    constexpr Index line = 64;
     const bool same_panel = k + depth < b_.rows;
-    const Index row = same_panel ? k + depth : 0, first = (same_panel ? j : j + 1) * W_ + i * line;
-    const bool wanted = i * line < W_ && first < cols_;
-    return wanted ? Ahead{b_.row(row) + col_ + first, b_.stride * static_cast<Index>(sizeof(S))} : Ahead{b_.data, 0};
+    const Index col = (same_panel ? j : j + 1) * W_, cols = std::min(W_, cols_ - col);
+    if (cols <= 0) return {b_.data};
+    const Index lines = (cols * static_cast<Index>(sizeof(S)) + line - 1) / line;
+    return {b_.row(same_panel ? k + depth : 0) + col_ + col, line, b_.stride * static_cast<Index>(sizeof(S)), lines};
   }
 
  private:
@@ -169,7 +178,7 @@ class Transposed {
     return {panel, nullptr};
   }
   Index panels_at_once(Index) const { return 1; }
-  Ahead after(Index, Index, Index, Index, Index) const { return {b_.data, 0}; }  // rows in turn: left to the hardware
+  NextBlock after(Index, Index, Index, Index) const { return {b_.data}; }  // rows in turn: left to the hardware
 
  private:
   MatrixView<const S> b_;
@@ -189,12 +198,13 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
   for (Index k = 0; k < rows.depth; k += block_depth) {
     const Index depth = std::min(block_depth, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
+    const NextBlock next = source.after(j, k, depth, n);
     for (Index i = range.begin; i < range.end; ++i) {
       const Index height = rows.tiles.height(i);
       const T* a = rows.tile(i) + k * height;
       T* target = c + (rows.tiles.begin(i) - first) * c_stride;
       const Index near = n == 1 ? one_memory_away : one_cache_away;
-      const Ahead ahead = source.after(j, k, depth, i - range.begin, n);
+      const Ahead ahead = next.of_tile(i - range.begin);
       const Store how = k == 0 ? store : Store::accumulate;
       if (b.narrow) {
         kernel.tile_bf16(height, {depth, a, b.narrow, 0, target, c_stride, how, near, ahead});

@@ -12,14 +12,14 @@
 
 namespace numoe {
 
-// Experts [begin, end), walked through together so that scratch memory stays bounded however many tokens come.
+// Experts [begin, end), walked through together so that their rows stay in a cache between one product and the next.
 struct ExpertRange {
   Index begin, end;
 };
 
 template <class T>
 std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index numbers_per_row) {
-  constexpr Index budget = Index{64} << 20;  // bytes of scratch; one expert alone may need more
+  constexpr Index budget = Index{1} << 20;  // bytes of rows, to stay in a cache; one expert alone may need more
   std::vector<ExpertRange> ranges;
   const Index most_rows = std::max<Index>(1, budget / (numbers_per_row * static_cast<Index>(sizeof(T))));
   for (Index e = 0; e < dispatch.num_experts(); ++e) {

@@ -159,6 +159,25 @@ void axpy(Index n, T alpha, const T* x, T* y) {
 }
 
 template <class T, int N>
+void add_rows(Index rows, Index n, const T* weight, const T* sums, Index sums_stride, const std::int32_t* token, T* y,
+              Index y_stride) {
+  constexpr Index rows_ahead = 8;
+  for (Index r = 0; r < rows; ++r, sums += sums_stride) {
+    const T* later = y + token[r + rows_ahead < rows ? r + rows_ahead : r] * y_stride;
+    __builtin_prefetch(later, 1);
+    __builtin_prefetch(later + N, 1);
+    T* target = y + token[r] * y_stride;
+    const T factor = weight ? weight[r] : T(1);
+    if (n == 2 * N) {  // a whole panel
+      store(target, load<Lanes<T, N>>(target) + factor * load<Lanes<T, N>>(sums));
+      store(target + N, load<Lanes<T, N>>(target + N) + factor * load<Lanes<T, N>>(sums + N));
+    } else {
+      axpy<T, N>(n, factor, sums, target);
+    }
+  }
+}
+
+template <class T, int N>
 T dot(Index n, const T* a, const T* b) {
   Lanes<T, N> sums{};
   for_lanes<N>(n, [&](Index i, int count) { sums += load_some<T, N>(a + i, count) * load_some<T, N>(b + i, count); });
@@ -182,6 +201,7 @@ constexpr Kernels<T> make_kernels() {
                    .activate = activate<T, N>,
                    .activate_backward = activate_backward<T, N>,
                    .axpy = axpy<T, N>,
+                   .add_rows = add_rows<T, N>,
                    .dot = dot<T, N>};
   if constexpr (sizeof(T) == sizeof(float)) {
     table.tile_bf16 = Tile<T, N, R>::run_bf16;

@@ -67,6 +67,9 @@ struct Kernels {
   void (*activate_backward)(Activation, Index n, const T* pre, const T* linear, const T* dh, T* h, T* dpre, T* dlinear);
 
   void (*axpy)(Index n, T alpha, const T* x, T* y);  // y += alpha * x
+  // y[token[r]] += weight[r] * sums[r] for r < rows in order; rows of n numbers; weight == nullptr: 1.
+  void (*add_rows)(Index rows, Index n, const T* weight, const T* sums, Index sums_stride, const std::int32_t* token,
+                   T* y, Index y_stride);
   T (*dot)(Index n, const T* a, const T* b);         // Σ a·b in a fixed order
 };
 

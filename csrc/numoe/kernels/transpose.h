@@ -1,5 +1,7 @@
-// Rows → columns, N × N numbers at a time in registers.
+// Rows → columns: how row-major numbers become tiles and panels.
 #pragma once
+
+#include <utility>
 
 #include "numoe/kernels/lanes.h"
 #include "numoe/view.h"
@@ -7,61 +9,92 @@
 namespace numoe {
 namespace {
 
-// The lower (H = 0) or upper halves of a and b, alternating: a0 b0 a1 b1 ...
-template <int H, class V, std::size_t... I>
-inline V interleave(V a, V b, std::index_sequence<I...>) {
-  constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(a, b, static_cast<int>(H * n / 2 + I / 2 + I % 2 * n)...);
-}
-
-// v[r][k] → v[k][r].  Interleaving row i with row i + N/2 rotates the bits of (row, lane) by one place; log2(N) times
-// exchanges row and lane.
-template <class T, int N>
-inline void transpose_square(Lanes<T, N> (&v)[N]) {
-  using V = Lanes<T, N>;
-  constexpr std::make_index_sequence<N> lanes{};
-#pragma GCC unroll 4
-  for (int turn = 1; turn < N; turn *= 2) {
-    V w[N];
-#pragma GCC unroll 8
-    for (int i = 0; i < N / 2; ++i) {
-      w[2 * i] = interleave<0>(v[i], v[i + N / 2], lanes);
-      w[2 * i + 1] = interleave<1>(v[i], v[i + N / 2], lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) v[i] = w[i];
+// 16 bytes of each of N / G rows, side by side: G numbers of row[0], then of row[G], row[2G], ...  (inserts, no shuffles)
+template <class T, int N, int G>
+inline Lanes<T, N> load_pieces(const T* const* row, Index k) {
+  if constexpr (N == G) {
+    return load<Lanes<T, N>>(row[0] + k);
+  } else {
+    const auto low = load_pieces<T, N / 2, G>(row, k), high = load_pieces<T, N / 2, G>(row + N / 2, k);
+    return [&]<std::size_t... I>(std::index_sequence<I...>) {
+      return __builtin_shufflevector(low, high, static_cast<int>(I)...);
+    }(std::make_index_sequence<N>{});
   }
 }
 
-// packed[k * stride + r] = row[r][k] for r < rows, k < depth.  A panel (stride 2N) is padded with zeros; a tile
-// (stride = rows) ends where its last number ends.
+// Within each group of G lanes: the lower (H = 0) or upper halves of a and b, alternating.
+template <int H, int G, class V, std::size_t... I>
+inline V interleave(V a, V b, std::index_sequence<I...>) {
+  constexpr auto from = [](std::size_t i) {
+    const int lane = static_cast<int>(i), n = static_cast<int>(sizeof...(I));
+    return lane / G * G + H * G / 2 + lane % G / 2 + lane % 2 * n;
+  };
+  return __builtin_shufflevector(a, b, from(I)...);
+}
+
+// v[i] lane g·G + j → v[j] lane g·G + i.  Interleaving vector i with vector i + G/2 rotates the bits of (i, j) by one
+// place; log2(G) times exchanges them.
+template <class T, int N, int G>
+inline void transpose_groups(Lanes<T, N> (&v)[G]) {
+  constexpr std::make_index_sequence<N> lanes{};
+#pragma GCC unroll 4
+  for (int turn = 1; turn < G; turn *= 2) {
+    Lanes<T, N> w[G];
+#pragma GCC unroll 4
+    for (int i = 0; i < G / 2; ++i) {
+      w[2 * i] = interleave<0, G>(v[i], v[i + G / 2], lanes);
+      w[2 * i + 1] = interleave<1, G>(v[i], v[i + G / 2], lanes);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) v[i] = w[i];
+  }
+}
+
+// The first `rows` <= N of packed[k * stride + r] = row[r][k].  While there is room before `end`, N numbers are written at
+// each k; those beyond `rows` are written again by the next k.
 template <class T, int N>
-void transpose(Index depth, Index rows, const T* const* row, T* packed, Index stride) {
-  using V = Lanes<T, N>;
-  const bool panel = stride == 2 * N;
-  const T* const end = packed + depth * stride;
+inline void transpose_band(Index depth, Index rows, const T* const* row, T* packed, Index stride, const T* end) {
+  constexpr int G = 16 / sizeof(T);
+  const T* source[N];
+  for (int r = 0; r < N; ++r) source[r] = row[r < rows ? r : 0];
   Index k = 0;
-  for (; k + N <= depth; k += N) {
-    for (Index first = 0; first < (panel ? stride : rows); first += N) {
-      const Index valid = rows - first;
-      V v[N];
-#pragma GCC unroll 16
-      for (int r = 0; r < N; ++r) v[r] = r < valid ? load<V>(row[first + r] + k) : V{};
-      transpose_square<T, N>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) {  // what a tile of few rows writes too much is written again by the next k
-        T* const target = packed + (k + i) * stride + first;
-        const bool whole = panel || (first == 0 && target + N <= end);
-        if (whole) {
-          store(target, v[i]);
-        } else {
-          __builtin_memcpy(target, &v[i], static_cast<std::size_t>(valid < N ? valid : N) * sizeof(T));
-        }
+  for (; k + G <= depth; k += G) {
+    Lanes<T, N> v[G];
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) v[i] = load_pieces<T, N, G>(source + i, k);
+    transpose_groups<T, N, G>(v);
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i, packed += stride) {
+      if (packed + N <= end) {
+        store(packed, v[i]);
+      } else {
+        for (Index r = 0; r < rows; ++r) packed[r] = source[r][k + i];
       }
     }
   }
-  for (; k < depth; ++k) {
-    for (Index r = 0; r < rows; ++r) packed[k * stride + r] = row[r][k];
+  for (; k < depth; ++k, packed += stride) {
+    for (Index r = 0; r < rows; ++r) packed[r] = source[r][k];
+  }
+}
+
+// packed[k * stride + r] = row[r][k] for r < rows <= 2N, k < depth.  A panel (stride 2N) is padded with zeros; a tile
+// (stride = rows) ends where its last number ends.
+template <class T, int N>
+void transpose(Index depth, Index rows, const T* const* row, T* packed, Index stride) {
+  const T* const end = packed + depth * stride;
+  const bool panel = stride == 2 * N;
+  if (rows <= N) {
+    transpose_band<T, N>(depth, rows, row, packed, stride, end);
+  } else if (panel) {
+    transpose_band<T, N>(depth, N, row, packed, stride, end);
+    transpose_band<T, N>(depth, rows - N, row + N, packed + N, stride, end);
+  } else {  // a tile higher than a vector: the bands must not write into each other
+    transpose_band<T, N>(depth, N, row, packed, stride, end);
+    for (Index k = 0; k < depth; ++k) {
+      for (Index r = N; r < rows; ++r) packed[k * stride + r] = row[r][k];
+    }
+  }
+  for (Index k = 0; panel && rows < stride && k < depth; ++k) {
     for (Index r = rows; r < stride; ++r) packed[k * stride + r] = T(0);
   }
 }
