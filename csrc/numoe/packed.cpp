@@ -1,16 +1,10 @@
 #include "numoe/packed.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "numoe/kernels/kernels.h"
 #include "numoe/parallel.h"
 
 namespace numoe {
 namespace {
-
-constexpr std::size_t huge_page = std::size_t{2} << 20;
 
 // One panel of `source`, in the packed type.
 template <class S, class Source>
@@ -24,28 +18,16 @@ void pack_panel(MatrixView<const Source> source, Index col, Index width, S* pack
 
 }  // namespace
 
-HugeBuffer::HugeBuffer(Index bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
-  const auto size = static_cast<std::size_t>(bytes);
-  data_ = ::operator new(size, std::align_val_t{huge_page});
-#ifdef MADV_HUGEPAGE
-  madvise(data_, size, MADV_HUGEPAGE);  // a wish; without it the kernel's default applies
-#endif
-}
-
-HugeBuffer::~HugeBuffer() { ::operator delete(data_, std::align_val_t{huge_page}); }
-
 template <class S>
 PackedExperts<S>::PackedExperts(const ExpertWeights<Compute<S>>& w)
     : glu_(w.glu()), E_(w.num_experts()), D_(w.d_model()), F_(w.d_ff()), W_(kernels<Compute<S>>().tile_cols) {
   constexpr bool bf16 = std::is_same_v<S, bfloat16>;
-  constexpr Index element = sizeof(S);
   up_step_ = (glu_ ? 2 : 1) * panel_size(D_, W_, bf16);
   down_step_ = panel_size(F_, W_, bf16);
   up_size_ = num_panels(F_, W_) * up_step_;
   down_size_ = num_panels(D_, W_) * down_step_;
-  up_ = HugeBuffer(checked_product(checked_product(E_, up_size_), element));
-  down_ = HugeBuffer(checked_product(checked_product(E_, down_size_), element));
+  up_ = Buffer<S>(checked_product(E_, up_size_));
+  down_ = Buffer<S>(checked_product(E_, down_size_));
   const Index up_panels = num_panels(F_, W_), panels = up_panels + num_panels(D_, W_);
   parallel_for(E_ * panels, [&](Index task) {
     const Index e = task / panels, panel = task % panels;

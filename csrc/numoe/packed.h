@@ -9,28 +9,6 @@
 
 namespace numoe {
 
-// Memory that asks for huge pages: walking gigabytes of weights through 4 KB pages misses the TLB at every step.
-class HugeBuffer {
- public:
-  HugeBuffer() = default;
-  explicit HugeBuffer(Index bytes);
-  HugeBuffer(HugeBuffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  HugeBuffer& operator=(HugeBuffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  ~HugeBuffer();
-
-  void* data() const { return data_; }
-  Index bytes() const { return bytes_; }
-
- private:
-  void* data_ = nullptr;
-  Index bytes_ = 0;
-};
-
 // S: float, double or bfloat16, the type in which the weights are stored.
 template <class S>
 class PackedExperts {
@@ -42,14 +20,14 @@ class PackedExperts {
   Index num_experts() const { return E_; }
   Index d_model() const { return D_; }
   Index d_ff() const { return F_; }
-  Index bytes() const { return up_.bytes() + down_.bytes(); }
+  Index bytes() const { return (up_.size() + down_.size()) * static_cast<Index>(sizeof(S)); }
 
   // The panel of columns [col, col + W) of w_gate[e] (w_up[e] for plain MLPs); the up panel of a GLU follows it.
   const S* up(Index e, Index col) const {
-    return static_cast<const S*>(up_.data()) + e * up_size_ + col / W_ * up_step_;
+    return up_.data() + e * up_size_ + col / W_ * up_step_;
   }
   const S* down(Index e, Index col) const {
-    return static_cast<const S*>(down_.data()) + e * down_size_ + col / W_ * down_step_;
+    return down_.data() + e * down_size_ + col / W_ * down_step_;
   }
   Index gate_to_up() const { return up_step_ / 2; }  // numbers from a GLU's gate panel to its up panel
   Index up_step() const { return up_step_; }         // numbers from one panel (pair) to the next
@@ -59,7 +37,7 @@ class PackedExperts {
   bool glu_;
   Index E_, D_, F_, W_;
   Index up_step_, up_size_, down_step_, down_size_;  // numbers per panel (pair) and per expert
-  HugeBuffer up_, down_;
+  Buffer<S> up_, down_;
 };
 
 // y (T, D) = the weighted sum of the experts' outputs, as experts_forward of unpacked weights computes it, bit for bit

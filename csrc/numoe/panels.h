@@ -15,6 +15,8 @@
 namespace numoe {
 
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
+// Rows of a matrix may lie a power of two apart and then share few sets of a cache: fewer of them at a time stay there.
+constexpr Index row_major_depth = 128;
 
 // Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.
 template <class T>
@@ -51,6 +53,7 @@ struct NextBlock {
 template <class T, class S>
 class PackedPanels {
  public:
+  static constexpr Index depth_at_once = block_depth;
   PackedPanels(const S* data, Index step, const S* end) : data_(data), step_(step), end_(end) {}
 
   PanelBlock<T> block(Index j, Index k, Index depth, Index tiles) const {
@@ -90,15 +93,16 @@ class PackedPanels {
 template <class T, class S>
 class RowMajor {
  public:
+  static constexpr Index depth_at_once = row_major_depth;
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index panels_at_once(Index tiles) const { return tiles <= 2 ? num_panels(cols_, W_) : 1; }
 
   void multiply_all(const PackedRows<T>& rows, TileRange range, Store store, T* c) const {
-    constexpr Index depth_at_once = 32;
+    constexpr Index few = 32;
     const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first;
-    for (Index k = 0; k < rows.depth; k += depth_at_once) {
-      const Index depth = std::min(depth_at_once, rows.depth - k);
+    for (Index k = 0; k < rows.depth; k += few) {
+      const Index depth = std::min(few, rows.depth - k);
       for (Index j = 0; j < num_panels(cols_, W_); ++j) {
         const auto [b, stride] = some_rows(j, k, depth);
         for (Index i = range.begin; i < range.end; ++i) {
@@ -158,6 +162,7 @@ class RowMajor {
 template <class T, class S>
 class Transposed {
  public:
+  static constexpr Index depth_at_once = block_depth;
   Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   PanelBlock<T> block(Index j, Index k, Index depth, Index) const {
@@ -195,8 +200,8 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
   constexpr Index one_memory_away = 3072, one_cache_away = 1024;
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
-  for (Index k = 0; k < rows.depth; k += block_depth) {
-    const Index depth = std::min(block_depth, rows.depth - k);
+  for (Index k = 0; k < rows.depth; k += Source::depth_at_once) {
+    const Index depth = std::min(Source::depth_at_once, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
     const NextBlock next = source.after(j, k, depth, n);
     for (Index i = range.begin; i < range.end; ++i) {

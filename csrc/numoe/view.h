@@ -6,11 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <new>
 #include <span>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
+
+#include "numoe/memory.h"
 
 namespace numoe {
 
@@ -68,16 +69,13 @@ inline Index checked_product(Index a, Index b) {
   return a * b;
 }
 
-// Owner of `size` uninitialised numbers, aligned to a cache line; throws std::bad_alloc.
+// Owner of `size` uninitialised numbers; throws std::bad_alloc.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(Index size)
-      : data_(size == 0 ? nullptr
-                        : static_cast<T*>(::operator new(static_cast<std::size_t>(checked_product(size, sizeof(T))),
-                                                         std::align_val_t{64}))),
-        size_(size) {}
+      : data_(size == 0 ? nullptr : static_cast<T*>(allocate(bytes(checked_product(size, sizeof(T)))))), size_(size) {}
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -86,7 +84,9 @@ class Buffer {
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  ~Buffer() {
+    if (data_) release(data_, bytes(size_ * static_cast<Index>(sizeof(T))));
+  }
 
   T* data() { return data_; }
   const T* data() const { return data_; }
@@ -95,6 +95,8 @@ class Buffer {
   const T& operator[](Index i) const { return data_[i]; }
 
  private:
+  static std::size_t bytes(Index n) { return static_cast<std::size_t>(n); }
+
   T* data_ = nullptr;
   Index size_ = 0;
 };
