@@ -95,7 +95,7 @@ class Backward : Pipeline<Compute<S>> {
             for (Index j = 0; j < cols; j += W_) {
               multiply_panel(rows, pass, panels, j / W_, Store::overwrite, sums, W_);
               T* target = dh + start(range, e, F_) + first * F_ + col + j;
-              for (Index r = 0; r < height; ++r) std::copy_n(sums + r * W_, std::min(W_, cols - j), target + r * F_);
+              for (Index r = 0; r < height; ++r) copy_run(sums + r * W_, std::min(W_, cols - j), target + r * F_);
             }
           });
         });

@@ -129,7 +129,7 @@ class Forward : Pipeline<T> {
     if (bias) add_bias(bias.row(e) + col, sums.cols, sums.rows, sums.data, sums.stride);
     if (!cache) return;
     for (Index r = 0; r < sums.rows; ++r) {
-      std::copy_n(sums.row(r), sums.cols, cache.row(dispatch_.begin(e) + row + r) + col);
+      copy_run(sums.row(r), sums.cols, cache.row(dispatch_.begin(e) + row + r) + col);
     }
   }
 

@@ -23,9 +23,7 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   const Index first = tiles.begin(range.begin), height = tiles.begin(range.end) - first;
   T* packed = scratch<T, 1>(height * (depth + width));
   T* sums = packed + height * depth;
-  for (Index i = range.begin; i < range.end; ++i) {
-    pack_tile(a, tiles.begin(i), tiles.height(i), depth, packed + (tiles.begin(i) - first) * depth);
-  }
+  pack_tiles(a, tiles, range, depth, packed);
   const PackedRows<T> rows{packed - first * depth, tiles, depth};
   const PackedPanels<T, T> panels(b_panels, depth * width, b_panels);
   const bool streams = store == Store::stream && depth <= block_depth && whole_lines(c);

@@ -61,7 +61,19 @@ struct TileRange {
   Index count() const { return end - begin; }
 };
 
-// Rows [row, row + height) of a, all `depth` columns → [depth][height].
+// A short run of numbers, in 16-byte moves that may overlap.
+template <class T>
+void copy_run(const T* source, Index n, T* target) {
+  constexpr Index piece = 16 / sizeof(T);
+  if (n < piece) {
+    for (Index i = 0; i < n; ++i) target[i] = source[i];
+    return;
+  }
+  for (Index i = 0; i + piece < n; i += piece) std::memcpy(target + i, source + i, 16);
+  std::memcpy(target + n - piece, source + n - piece, 16);
+}
+
+// Row tile [row, row + height) of a, all `depth` columns → [depth][height].
 template <class T>
 void pack_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
   if (a.col_stride == 1 && !a.col_index && !a.row_scale && !a.col_scale) {
@@ -69,19 +81,33 @@ void pack_tile(const Operand<T>& a, Index row, Index height, Index depth, T* pac
     for (Index r = 0; r < height; ++r) rows[r] = a.row(row + r);
     return kernels<T>().transpose(depth, height, rows, packed, height);
   }
-  if (a.row_stride == 1 && !a.row_index && !a.row_scale) {  // a transposed matrix: runs of `height` lie together
-    for (Index k = 0; k < depth; ++k) {
-      const T* source = a.col(k) + row;
-      const T factor = a.col_scale ? a.col_scale[k] : T(1);
-      for (Index r = 0; r < height; ++r) packed[k * height + r] = factor * source[r];
-    }
-    return;
-  }
   for (Index r = 0; r < height; ++r) {
     const T* source = a.row(row + r);
     const T factor = a.row_scale ? a.row_scale[row + r] : T(1);
     for (Index k = 0; k < depth; ++k) {
       packed[k * height + r] = factor * (a.col_scale ? a.col_scale[k] : T(1)) * source[k * a.col_stride];
+    }
+  }
+}
+
+// The tiles of `range`, one after the other.
+template <class T>
+void pack_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, T* packed) {
+  const Index first = tiles.begin(range.begin);
+  const bool columns_together = a.row_stride == 1 && !a.row_index && !a.row_scale;  // a transposed matrix
+  if (!columns_together) {
+    for (Index i = range.begin; i < range.end; ++i) {
+      pack_tile(a, tiles.begin(i), tiles.height(i), depth, packed + (tiles.begin(i) - first) * depth);
+    }
+    return;
+  }
+  for (Index k = 0; k < depth; ++k) {
+    const T* source = a.col(k);
+    for (Index i = range.begin; i < range.end; ++i) {
+      const Index begin = tiles.begin(i), height = tiles.height(i);
+      T* const target = packed + (begin - first) * depth + k * height;
+      copy_run(source + begin, height, target);
+      for (Index r = 0; a.col_scale && r < height; ++r) target[r] *= a.col_scale[k];
     }
   }
 }

@@ -9,13 +9,13 @@
 namespace numoe {
 namespace {
 
-// 16 bytes of each of N / G rows, side by side: G numbers of row[0], then of row[G], row[2G], ...  (inserts, no shuffles)
-template <class T, int N, int G>
-inline Lanes<T, N> load_pieces(const T* const* row, Index k) {
+// 16 bytes of each of N / G rows, side by side: G numbers of row 0, then of row G, 2G, ...  (inserts, no shuffles)
+template <class T, int N, int G, int pitch>
+inline Lanes<T, N> load_pieces(const T* row) {
   if constexpr (N == G) {
-    return load<Lanes<T, N>>(row[0] + k);
+    return load<Lanes<T, N>>(row);
   } else {
-    const auto low = load_pieces<T, N / 2, G>(row, k), high = load_pieces<T, N / 2, G>(row + N / 2, k);
+    const auto low = load_pieces<T, N / 2, G, pitch>(row), high = load_pieces<T, N / 2, G, pitch>(row + N / 2 * pitch);
     return [&]<std::size_t... I>(std::index_sequence<I...>) {
       return __builtin_shufflevector(low, high, static_cast<int>(I)...);
     }(std::make_index_sequence<N>{});
@@ -50,30 +50,41 @@ inline void transpose_groups(Lanes<T, N> (&v)[G]) {
   }
 }
 
+// n numbers, n a multiple of 16 bytes except at the end of a row.
+template <class T, int N>
+inline void copy_numbers(const T* source, Index n, T* target) {
+  Index i = 0;
+  for (; i + N <= n; i += N) {
+    __builtin_prefetch(source + i + n);
+    store(target + i, load<Lanes<T, N>>(source + i));
+  }
+  for (; i < n; ++i) target[i] = source[i];
+}
+
 // The first `rows` <= N of packed[k * stride + r] = row[r][k].  While there is room before `end`, N numbers are written at
 // each k; those beyond `rows` are written again by the next k.
+//
+// Some lines of every row are copied side by side first: rows a power of two apart share a set of the cache, and would
+// push each other out while they are read 16 bytes at a time.
 template <class T, int N>
 inline void transpose_band(Index depth, Index rows, const T* const* row, T* packed, Index stride, const T* end) {
-  constexpr int G = 16 / sizeof(T);
-  const T* source[N];
-  for (int r = 0; r < N; ++r) source[r] = row[r < rows ? r : 0];
-  Index k = 0;
-  for (; k + G <= depth; k += G) {
-    Lanes<T, N> v[G];
+  constexpr int G = 16 / sizeof(T), chunk = 256 / sizeof(T), pitch = chunk + N;
+  alignas(64) T lines[N * pitch];
+  for (Index first = 0; first < depth; first += chunk) {
+    const Index n = depth - first < chunk ? depth - first : chunk;
+    for (Index r = 0; r < rows; ++r) copy_numbers<T, N>(row[r] + first, n, lines + r * pitch);
+    Index k = 0;
+    for (; k + G <= n && packed + (G - 1) * stride + N <= end; k += G, packed += G * stride) {
+      Lanes<T, N> v[G];
 #pragma GCC unroll 4
-    for (int i = 0; i < G; ++i) v[i] = load_pieces<T, N, G>(source + i, k);
-    transpose_groups<T, N, G>(v);
+      for (int i = 0; i < G; ++i) v[i] = load_pieces<T, N, G, pitch>(lines + i * pitch + k);
+      transpose_groups<T, N, G>(v);
 #pragma GCC unroll 4
-    for (int i = 0; i < G; ++i, packed += stride) {
-      if (packed + N <= end) {
-        store(packed, v[i]);
-      } else {
-        for (Index r = 0; r < rows; ++r) packed[r] = source[r][k + i];
-      }
+      for (int i = 0; i < G; ++i) store(packed + i * stride, v[i]);
     }
-  }
-  for (; k < depth; ++k, packed += stride) {
-    for (Index r = 0; r < rows; ++r) packed[r] = source[r][k];
+    for (; k < n; ++k, packed += stride) {
+      for (Index r = 0; r < rows; ++r) packed[r] = lines[r * pitch + k];
+    }
   }
 }
 
