@@ -46,7 +46,9 @@ def valid_calls() -> dict[str, list[Any]]:
     options = _core.ExpertOptions(activation="silu", weight_on="output")
     order = [p.offsets, p.row_token, p.row_assignment]
     up = np.ones((T * K, F), np.float32)
+    grads = {name: np.zeros_like(value) for name, value in params.items()}
     capacities, mask = np.array([[0, 2, 1], [2, T, 3]]), np.ones(T, bool)
+    narrow = {n: v if n == "w_router" else v.astype("bfloat16").view(np.uint16) for n, v in layer.params.items()}
     return {
         "router_logits": [X, w, w[0]],
         "router_logits_backward": [LOGITS, X, w],
@@ -58,7 +60,8 @@ def valid_calls() -> dict[str, list[Any]]:
         "combine": [rows, *order, T, K, WEIGHTS],
         "combine_backward": [X, rows, *order, K, WEIGHTS],
         "experts_forward": [X, *order, K, WEIGHTS, params, options, True, True],
-        "experts_backward": [X, X, *order, K, WEIGHTS, params, options, True, up, up],
+        "experts_forward bfloat16": [X, *order, K, WEIGHTS, narrow, options, True, True],
+        "experts_backward": [X, X, *order, K, WEIGHTS, params, options, True, up, up, grads, True],
         "load_balance_loss": [LOGITS, INDICES, "switch", "softmax", mask, np.array([2, 4])],
         "importance_loss": [WEIGHTS, INDICES, E, mask],
         "load_loss": [LOGITS, LOGITS, np.abs(LOGITS) + 1, K, mask],
@@ -139,7 +142,7 @@ EDGES: list[tuple[str, dict[int, Any]]] = [
     ("experts_forward", {4: 2**62, 5: None}),
     (
         "experts_backward",
-        {0: np.zeros((T, 0)), 1: np.zeros((T, 0)), 6: None, 7: NO_WIDTH, 10: None, 11: np.zeros((T * K, 0))},
+        {0: np.zeros((T, 0)), 1: np.zeros((T, 0)), 6: None, 7: NO_WIDTH, 10: None, 11: np.zeros((T * K, 0)), 12: None},
     ),
     ("PackedLayerFloat64", {0: {"w_router": np.zeros((0, E))} | NO_WIDTH, 4: None}),
     ("PackedLayerFloat32.experts", {4: 2**62, 5: None}),
@@ -162,7 +165,7 @@ def calls(name: str, count: int = 250) -> Iterator[list[Any]]:
 
 def fuzz(name: str) -> None:
     """Any answer, and any exception that users may meet, is fine.  A crash leaves the number of its call behind."""
-    function = CALLS.get(name) or getattr(_core, name)
+    function = CALLS.get(name) or getattr(_core, name.partition(" ")[0])
     function(*valid_calls()[name])
     for number, arguments in enumerate(calls(name)):
         os.pwrite(2, f"{number:9}".encode(), 0)
@@ -174,7 +177,7 @@ def fuzz(name: str) -> None:
 
 def test_the_fuzz_knows_every_function() -> None:
     functions = {name for name in dir(_core) if callable(getattr(_core, name)) and not name.startswith("_")}
-    assert functions == {name.partition(".")[0] for name in valid_calls()} | SAFE | SLOW
+    assert functions == {name.partition(".")[0].partition(" ")[0] for name in valid_calls()} | SAFE | SLOW
 
 
 @pytest.mark.parametrize("name", valid_calls())

@@ -15,6 +15,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/gil.h"
@@ -31,6 +32,10 @@ auto with_dtype(const py::array& array, F&& f) {
   if (py::isinstance<py::array_t<double>>(array)) return f.template operator()<double>();
   throw py::type_error("dtype " + std::string(py::str(array.dtype())) + " is not float32 or float64");
 }
+
+// How numbers of type T arrive: NumPy knows no bfloat16, so the Python face passes the bits as uint16.
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, bfloat16>, std::uint16_t, T>;
 
 // A freshly allocated array and the view through which the core fills it.
 template <class T>
@@ -55,7 +60,7 @@ class Dims {
   }
   template <class T>
   Tensor3View<const T> tensor(const py::array& array, const char* name, const char* letters) {
-    check<T>(array, name, letters, false);
+    check<Stored<T>>(array, name, letters, false);
     return {static_cast<const T*>(array.data()), array.shape(0), array.shape(1), array.shape(2)};
   }
   template <class T>
@@ -68,6 +73,11 @@ class Dims {
   MatrixView<T> output_matrix(py::array& array, const char* name, const char* letters) {
     check<T>(array, name, letters, true);
     return {static_cast<T*>(array.mutable_data()), array.shape(0), array.shape(1), array.shape(1)};
+  }
+  template <class T>
+  Tensor3View<T> output_tensor(py::array& array, const char* name, const char* letters) {
+    check<T>(array, name, letters, true);
+    return {static_cast<T*>(array.mutable_data()), array.shape(0), array.shape(1), array.shape(2)};
   }
 
   // An argument typed as "anything" that must be an array.
@@ -98,6 +108,12 @@ class Dims {
     return {py::array_t<T>(shape(letters))};
   }
 
+  std::vector<py::ssize_t> shape(std::string_view letters) const {
+    std::vector<py::ssize_t> sizes;
+    for (const auto& letter : split(letters)) sizes.push_back(sizes_.at(letter).first);
+    return sizes;
+  }
+
  private:
   static std::vector<std::string> split(std::string_view letters) {
     std::vector<std::string> parts(1);
@@ -109,12 +125,6 @@ class Dims {
       }
     }
     return parts;
-  }
-
-  std::vector<py::ssize_t> shape(std::string_view letters) const {
-    std::vector<py::ssize_t> sizes;
-    for (const auto& letter : split(letters)) sizes.push_back(sizes_.at(letter).first);
-    return sizes;
   }
 
   static std::string tuple_text(const std::vector<std::string>& letters) {

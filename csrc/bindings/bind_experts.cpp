@@ -17,22 +17,15 @@ ExpertOptions make_options(const std::string& activation, const std::string& wei
           parse<WeightOn>(weight_on, "weight_on", {{"output", WeightOn::output}, {"input", WeightOn::input}})};
 }
 
-// A zeroed array shaped like params[name].  np.zeros (unlike zeros_like) gets untouched zero pages from the system, so
-// gradients of idle experts cost nothing.
-template <class T>
-py::array_t<T> zeros_like(const py::dict& params, const char* name) {
-  const py::object value = params[name];
-  return py::module_::import("numpy").attr("zeros")(value.attr("shape"), value.attr("dtype"));
-}
-
 py::tuple bind_experts_forward(const py::array& x_, const py::array& offset_, const py::array& row_token_,
                                const py::array& row_assignment_, Index top_k, const py::object& weights_,
                                const py::dict& params, const ExpertOptions& options, bool combined, bool keep_cache) {
-  return with_dtype(x_, [&]<class T>() -> py::tuple {
+  return with_weights(x_, params, [&]<class S>() -> py::tuple {
+    using T = Compute<S>;
     Dims dims;
     auto x = dims.matrix<T>(x_, "x", "T D");
     dims.bind("K", top_k);
-    const auto experts = expert_weights<T>(dims, params);
+    const auto experts = expert_weights<S>(dims, params);
     const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
     auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
     auto result = dims.empty<T>(combined ? "T D" : "M D");
@@ -51,60 +44,87 @@ py::tuple bind_experts_forward(const py::array& x_, const py::array& offset_, co
     auto view = result.matrix();
     {
       ReleasedGil nogil;
-      experts_forward(x, dispatch, weights, experts, options, combined, cache, view);
+      experts_forward<S>(x, dispatch, weights, experts, options, combined, cache, view);
     }
     return py::make_tuple(result.array, cache_gate, cache_up);
   });
 }
 
+// The arrays of the parameters' gradients: the caller's, or new ones.
 template <class T>
-struct GradArrays {
+class GradArrays {
+ public:
   py::dict params;
   ExpertGrads<T> grads;
 
-  GradArrays(const py::dict& values, const ExpertWeights<T>& w) {
-    grads.up = tensor(values, "w_up");
-    grads.down = tensor(values, "w_down");
-    if (w.glu()) grads.gate = tensor(values, "w_gate");
-    if (w.up_bias) {
-      grads.up_bias = matrix(values, "b_up");
-      grads.down_bias = matrix(values, "b_down");
-      if (w.glu()) grads.gate_bias = matrix(values, "b_gate");
-    }
+  GradArrays(Dims& dims, bool glu, bool biased, const py::object& into, bool accumulate, const DispatchView& dispatch)
+      : dims_(dims), into_(into) {
+    if (accumulate && into.is_none()) throw py::value_error("accumulate adds to earlier gradients; pass them as into");
+    // np.zeros gets untouched zero pages from the system, so gradients of idle experts cost nothing; np.empty gets huge
+    // pages, which are worth more where most experts have rows.
+    Index busy = 0;
+    for (Index e = 0; e < dispatch.num_experts(); ++e) busy += dispatch.rows(e) != 0;
+    const bool mostly_busy = 2 * busy >= dispatch.num_experts();
+    make_ = py::module_::import("numpy").attr(mostly_busy ? "empty" : "zeros");
+    grads.store = accumulate                          ? GradStore::accumulate
+                  : mostly_busy || !into.is_none() ? GradStore::overwrite
+                                                      : GradStore::fresh;
+    if (glu) grads.gate = tensor("w_gate", "E D F");
+    grads.up = tensor("w_up", "E D F");
+    grads.down = tensor("w_down", "E F D");
+    if (!biased) return;
+    if (glu) grads.gate_bias = matrix("b_gate", "E F");
+    grads.up_bias = matrix("b_up", "E F");
+    grads.down_bias = matrix("b_down", "E D");
   }
 
  private:
-  Tensor3View<T> tensor(const py::dict& values, const char* name) {
-    auto array = zeros_like<T>(values, name);
-    params[name] = array;
-    return {array.mutable_data(), array.shape(0), array.shape(1), array.shape(2)};
+  py::array array(const char* name, const char* letters) {
+    py::array found;
+    if (into_.is_none()) {
+      py::list shape;
+      for (const py::ssize_t size : dims_.shape(letters)) shape.append(size);
+      found = make_(shape, py::dtype::of<T>());
+    } else {
+      found = Dims::as_array(into_[name], name);
+    }
+    params[name] = found;
+    return found;
   }
-  MatrixView<T> matrix(const py::dict& values, const char* name) {
-    auto array = zeros_like<T>(values, name);
-    params[name] = array;
-    return {array.mutable_data(), array.shape(0), array.shape(1), array.shape(1)};
+  Tensor3View<T> tensor(const char* name, const char* letters) {
+    py::array found = array(name, letters);
+    return dims_.output_tensor<T>(found, name, letters);
   }
+  MatrixView<T> matrix(const char* name, const char* letters) {
+    py::array found = array(name, letters);
+    return dims_.output_matrix<T>(found, name, letters);
+  }
+
+  Dims& dims_;
+  const py::object& into_;
+  py::object make_;
 };
 
 py::tuple bind_experts_backward(const py::array& dresult_, const py::array& x_, const py::array& offset_,
                                 const py::array& row_token_, const py::array& row_assignment_, Index top_k,
                                 const py::object& weights_, const py::dict& params, const ExpertOptions& options,
-                                bool combined, const py::object& cache_gate_, const py::object& cache_up_) {
-  return with_dtype(x_, [&]<class T>() -> py::tuple {
+                                bool combined, const py::object& cache_gate_, const py::object& cache_up_,
+                                const py::object& into, bool accumulate) {
+  return with_weights(x_, params, [&]<class S>() -> py::tuple {
+    using T = Compute<S>;
     Dims dims;
     auto x = dims.matrix<T>(x_, "x", "T D");
     dims.bind("K", top_k);
-    const auto experts = expert_weights<T>(dims, params);
+    const auto experts = expert_weights<S>(dims, params);
     const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
     auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
     auto dresult = dims.matrix<T>(dresult_, combined ? "dy" : "drows", combined ? "T D" : "M D");
     ExpertCache<const T> cache{dims.optional_matrix<T>(cache_gate_, "cache.gate", "M F"),
                                dims.optional_matrix<T>(cache_up_, "cache.up", "M F")};
-    const bool cached = static_cast<bool>(cache) && static_cast<bool>(cache.gate) == experts.glu();
-    if (!cached && dims["M"] > 0) {
-      throw py::value_error("the forward kept no cache for these experts; call forward, not layer(x), before backward");
+    if (cache && static_cast<bool>(cache.gate) != experts.glu()) {
+      throw py::value_error("the cache does not fit these experts; pass the one of their own forward");
     }
-    GradArrays<T> arrays(params, experts);
+    GradArrays<T> arrays(dims, experts.glu(), static_cast<bool>(experts.up_bias), into, accumulate, dispatch);
     auto dx = dims.empty<T>("T D");
     arrays.grads.x = dx.matrix();
     py::object dweights = py::none();
@@ -115,7 +135,7 @@ py::tuple bind_experts_backward(const py::array& dresult_, const py::array& x_, 
     }
     {
       ReleasedGil nogil;
-      experts_backward(dresult, x, dispatch, weights, experts, options, combined, cache, arrays.grads);
+      experts_backward<S>(dresult, x, dispatch, weights, experts, options, combined, cache, arrays.grads);
     }
     return py::make_tuple(dx.array, dweights, arrays.params);
   });
@@ -131,7 +151,7 @@ void bind_experts(py::module_& m) {
         py::arg("combined"), py::arg("keep_cache"));
   m.def("experts_backward", &bind_experts_backward, py::arg("dresult"), py::arg("x"), py::arg("offsets"),
         py::arg("row_token"), py::arg("row_assignment"), py::arg("top_k"), py::arg("weights"), py::arg("params"),
-        py::arg("options"), py::arg("combined"), py::arg("cache_gate"), py::arg("cache_up"));
+        py::arg("options"), py::arg("combined"), py::arg("cache_gate"), py::arg("cache_up"), py::arg("into"), py::arg("accumulate"));
 }
 
 }  // namespace numoe::bindings

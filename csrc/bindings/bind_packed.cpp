@@ -8,25 +8,26 @@ void check_options(const RouterOptions& options, Index num_experts);
 
 namespace {
 
-template <class S>
-PackedLayer<S> make_layer(const py::dict& params, const py::object& choice_bias_, const RouterOptions& router,
-                          const ExpertOptions& options, const py::object& shared_params,
-                          const ExpertOptions& shared_options) {
+// S: how the experts are stored; Source: what they are packed from.
+template <class S, class Source>
+PackedLayer<S> make_layer_from(const py::dict& params, const py::object& choice_bias_, const RouterOptions& router,
+                               const ExpertOptions& options, const py::object& shared_params,
+                               const ExpertOptions& shared_options) {
   using T = Compute<S>;
   Dims dims;
   const auto w_router = dims.optional_matrix<T>(param(params, "w_router"), "params['w_router']", "D E");
   const auto b_router = dims.optional_vector<T>(param(params, "b_router"), "params['b_router']", "E");
   const auto choice_bias = dims.optional_vector<T>(choice_bias_, "choice_bias", "E");
-  const auto routed = expert_weights<T>(dims, params);
+  const auto routed = expert_weights<Source>(dims, params);
   if (!w_router) throw py::value_error("params must contain 'w_router'");
   check_options(router, dims["E"]);
-  ExpertWeights<T> shared{};
+  ExpertWeights<Source> shared{};
   std::span<const T> score;
   if (!shared_params.is_none()) {
     Dims shared_dims;
     shared_dims.bind("D", dims["D"]);
     const auto dict = shared_params.cast<py::dict>();
-    shared = expert_weights<T>(shared_dims, dict);
+    shared = expert_weights<Source>(shared_dims, dict);
     score = shared_dims.optional_vector<T>(param(dict, "score"), "w_shared_score", "D");
   }
   ReleasedGil nogil;
@@ -34,6 +35,18 @@ PackedLayer<S> make_layer(const py::dict& params, const py::object& choice_bias_
   if (shared.up) packed_shared.emplace(shared, shared_options);
   return PackedLayer<S>(w_router, b_router, choice_bias, router, PackedBranch<S>(routed, options),
                         std::move(packed_shared), score);
+}
+
+template <class S>
+PackedLayer<S> make_layer(const py::dict& params, const py::object& choice_bias, const RouterOptions& router,
+                          const ExpertOptions& options, const py::object& shared_params,
+                          const ExpertOptions& shared_options) {
+  if (py::isinstance<py::array_t<Stored<bfloat16>>>(param(params, "w_up"))) {
+    if constexpr (std::is_same_v<S, bfloat16>) {
+      return make_layer_from<S, S>(params, choice_bias, router, options, shared_params, shared_options);
+    }
+  }
+  return make_layer_from<S, Compute<S>>(params, choice_bias, router, options, shared_params, shared_options);
 }
 
 template <class S>

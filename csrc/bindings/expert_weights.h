@@ -12,13 +12,25 @@ inline py::object param(const py::dict& params, const char* name) {
   return params.contains(name) ? py::object(params[name]) : py::none();
 }
 
-template <class T>
-ExpertWeights<T> expert_weights(Dims& dims, const py::dict& params) {
-  ExpertWeights<T> w;
-  w.up = dims.optional_tensor<T>(param(params, "w_up"), "params['w_up']", "E D F");
-  w.down = dims.optional_tensor<T>(param(params, "w_down"), "params['w_down']", "E F D");
+// Calls f.template operator()<S>() with the type of the experts' matrices, for arithmetic in the dtype of x.
+template <class F>
+auto with_weights(const py::array& x, const py::dict& params, F&& f) {
+  return with_dtype(x, [&]<class T>() {
+    if constexpr (std::is_same_v<T, float>) {
+      if (py::isinstance<py::array_t<Stored<bfloat16>>>(param(params, "w_up"))) return f.template operator()<bfloat16>();
+    }
+    return f.template operator()<T>();
+  });
+}
+
+template <class S>
+ExpertWeights<S> expert_weights(Dims& dims, const py::dict& params) {
+  using T = Compute<S>;
+  ExpertWeights<S> w;
+  w.up = dims.optional_tensor<S>(param(params, "w_up"), "params['w_up']", "E D F");
+  w.down = dims.optional_tensor<S>(param(params, "w_down"), "params['w_down']", "E F D");
   if (!w.up || !w.down) throw py::value_error("params must contain 'w_up' and 'w_down'");
-  w.gate = dims.optional_tensor<T>(param(params, "w_gate"), "params['w_gate']", "E D F");
+  w.gate = dims.optional_tensor<S>(param(params, "w_gate"), "params['w_gate']", "E D F");
   w.gate_bias = dims.optional_matrix<T>(param(params, "b_gate"), "params['b_gate']", "E F");
   w.up_bias = dims.optional_matrix<T>(param(params, "b_up"), "params['b_up']", "E F");
   w.down_bias = dims.optional_matrix<T>(param(params, "b_down"), "params['b_down']", "E D");

@@ -69,7 +69,8 @@ class BorrowedPass {
 }  // namespace
 
 template <class S>
-PackedBranch<S>::PackedBranch(const ExpertWeights<T>& weights, const ExpertOptions& expert_options)
+template <class Source>
+PackedBranch<S>::PackedBranch(const ExpertWeights<Source>& weights, const ExpertOptions& expert_options)
     : experts(weights),
       options(expert_options),
       gate_bias(copy(weights.gate_bias)),
@@ -146,6 +147,10 @@ void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
 template struct PackedBranch<float>;
 template struct PackedBranch<double>;
 template struct PackedBranch<bfloat16>;
+template PackedBranch<float>::PackedBranch(const ExpertWeights<float>&, const ExpertOptions&);
+template PackedBranch<double>::PackedBranch(const ExpertWeights<double>&, const ExpertOptions&);
+template PackedBranch<bfloat16>::PackedBranch(const ExpertWeights<float>&, const ExpertOptions&);
+template PackedBranch<bfloat16>::PackedBranch(const ExpertWeights<bfloat16>&, const ExpertOptions&);
 template class PackedLayer<float>;
 template class PackedLayer<double>;
 template class PackedLayer<bfloat16>;

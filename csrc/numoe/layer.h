@@ -17,7 +17,8 @@ struct PackedBranch {
   ExpertOptions options;
   std::vector<T> gate_bias, up_bias, down_bias;  // empty without biases
 
-  PackedBranch(const ExpertWeights<T>& weights, const ExpertOptions& expert_options);
+  template <class Source>
+  PackedBranch(const ExpertWeights<Source>& weights, const ExpertOptions& expert_options);
   ExpertBiases<T> biases() const;
   // y (T, D) = Σ weight * expert(x)
   void forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, MatrixView<T> y) const;

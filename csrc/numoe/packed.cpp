@@ -19,7 +19,8 @@ void pack_panel(MatrixView<const Source> source, Index col, Index width, S* pack
 }  // namespace
 
 template <class S>
-PackedExperts<S>::PackedExperts(const ExpertWeights<Compute<S>>& w)
+template <class Source>
+PackedExperts<S>::PackedExperts(const ExpertWeights<Source>& w)
     : glu_(w.glu()), E_(w.num_experts()), D_(w.d_model()), F_(w.d_ff()), W_(kernels<Compute<S>>().tile_cols) {
   constexpr bool bf16 = std::is_same_v<S, bfloat16>;
   up_step_ = (glu_ ? 2 : 1) * panel_size(D_, W_, bf16);
@@ -44,5 +45,9 @@ PackedExperts<S>::PackedExperts(const ExpertWeights<Compute<S>>& w)
 template class PackedExperts<float>;
 template class PackedExperts<double>;
 template class PackedExperts<bfloat16>;
+template PackedExperts<float>::PackedExperts(const ExpertWeights<float>&);
+template PackedExperts<double>::PackedExperts(const ExpertWeights<double>&);
+template PackedExperts<bfloat16>::PackedExperts(const ExpertWeights<float>&);
+template PackedExperts<bfloat16>::PackedExperts(const ExpertWeights<bfloat16>&);
 
 }  // namespace numoe

@@ -13,8 +13,9 @@ namespace numoe {
 template <class S>
 class PackedExperts {
  public:
-  // Rounds to S while packing; throws std::bad_alloc.
-  explicit PackedExperts(const ExpertWeights<Compute<S>>& weights);
+  // Rounds to S while packing; throws std::bad_alloc.  Source: S or Compute<S>.
+  template <class Source>
+  explicit PackedExperts(const ExpertWeights<Source>& weights);
 
   bool glu() const { return glu_; }
   Index num_experts() const { return E_; }

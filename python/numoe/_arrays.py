@@ -37,6 +37,11 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
     return _convert(array, name, np.dtype(dtype))
 
 
+def as_bits(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """bfloat16 numbers as the core takes them: their bits, not a copy."""
+    return x.view(np.uint16)
+
+
 def plain_array(x: Any, name: str) -> npt.NDArray[Any]:
     """`x` as an ndarray; subclasses that mean something else, and what NumPy cannot read, are refused."""
     if type(x) is np.ndarray:

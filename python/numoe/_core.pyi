@@ -1,5 +1,6 @@
 """Types of the compiled core.  Private: arrays must be C-contiguous, aligned and of exactly the stated dtype."""
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,6 +118,8 @@ def experts_backward(
     combined: bool,
     cache_gate: Float | None,
     cache_up: Float | None,
+    into: Mapping[str, Float] | None,
+    accumulate: bool,
 ) -> tuple[Float, Float | None, dict[str, Float]]: ...
 def load_balance_loss(
     logits: Float, indices: Int32, convention: str, score: str, mask: Bool | None, sequence_lengths: Int64 | None

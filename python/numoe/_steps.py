@@ -57,9 +57,20 @@ class Branch:
     weights: FloatArray | None
     cache: ExpertCache
 
-    def backward(self, dy: FloatArray, x: FloatArray) -> tuple[FloatArray, FloatArray | None, dict[str, FloatArray]]:
+    def backward(
+        self, dy: FloatArray, x: FloatArray, into: Mapping[str, FloatArray] | None, accumulate: bool
+    ) -> tuple[FloatArray, FloatArray | None, dict[str, FloatArray]]:
         return experts_backward(
-            dy, x, self.plan, self.params, self.config, self.cache, weights=self.weights, combined=True
+            dy,
+            x,
+            self.plan,
+            self.params,
+            self.config,
+            self.cache,
+            weights=self.weights,
+            combined=True,
+            into=into,
+            accumulate=accumulate,
         )
 
 
@@ -141,7 +152,7 @@ def aux_gradients(
     dweights: Any = 0.0
     dlogits: Any = 0.0
     for name, loss in found.items() if scale != 0.0 else ():
-        factor = np.dtype(config.dtype).type(scale * config.aux_losses[name])
+        factor = config.compute_dtype.type(scale * config.aux_losses[name])
         if loss.dweights is not None:
             dweights = dweights + factor * loss.dweights
         for gradient in (loss.dlogits, loss.dnoisy_logits):  # noisy = clean + noise

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes  # noqa: F401  makes NumPy know "bfloat16"
 import numpy as np
 
 SCORES = ("softmax", "softmax_chosen", "sigmoid", "sqrt_softplus")
@@ -27,7 +28,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
 WEIGHT_ON = ("output", "input")
 SHARED_GATES = ("none", "sigmoid")
 AUX_LOSSES = ("switch", "gshard", "megatron", "hf", "deepseek-sequence", "importance", "load", "z")
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
 
 _MAX_ELEMENTS = 2**46  # of one parameter; far beyond memory, far below what overflows 64-bit byte counts
 
@@ -81,7 +82,7 @@ def checked_flag(name: str, value: Any) -> bool:
 
 
 def as_dtype(value: Any) -> np.dtype[Any]:
-    """The layer dtype meant by `value`: native float32 or float64, anything else is refused with a sentence."""
+    """The layer dtype meant by `value`: one of `DTYPES` in native byte order; anything else gets a sentence."""
     try:
         dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
@@ -369,7 +370,9 @@ class MoEConfig(_Checked):
     aux_losses : mapping of str to float
         Loss name → coefficient, e.g. ``{"switch": 1e-2, "z": 1e-3}``.  Names: see `numoe.losses`.
     dtype : dtype-like
-        float32 or float64, of parameters, activations and results.
+        float32, float64 or bfloat16 (`ml_dtypes.bfloat16`), of parameters, activations and results.  bfloat16 layers
+        compute in float32: routing, sums, losses and the parameters' gradients are float32, and so are the router's
+        parameters, the biases and the buffers (as in the models that are trained that way).
     """
 
     d_model: int
@@ -413,7 +416,7 @@ class MoEConfig(_Checked):
             if math.prod(shape) > _MAX_ELEMENTS:
                 raise ValueError(
                     f"{name} {shape} would hold {math.prod(shape):,} numbers "
-                    f"({math.prod(shape) * np.dtype(self.dtype).itemsize:,} bytes), more than numoe can address."
+                    f"({math.prod(shape) * self.param_dtype(name).itemsize:,} bytes), more than numoe can address."
                 )
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -440,6 +443,20 @@ class MoEConfig(_Checked):
             if self.shared.gate == "sigmoid":
                 shapes["w_shared_score"] = (D,)
         return shapes
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """float32 or float64, the dtype of the arithmetic, of routings and of gradients of parameters."""
+        return np.dtype("float32" if self.dtype == "bfloat16" else self.dtype)
+
+    def param_dtype(self, name: str) -> np.dtype[Any]:
+        """Of a parameter or buffer: `dtype` for the experts' matrices, `compute_dtype` for everything small.
+
+        >>> config = MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1, dtype="bfloat16")
+        >>> config.param_dtype("w_up").name, config.param_dtype("w_router").name
+        ('bfloat16', 'float32')
+        """
+        return np.dtype(self.dtype) if name in EXPERT_MATRICES else self.compute_dtype
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the arrays that are state but have no gradient (the choice bias)."""
@@ -533,3 +550,4 @@ class MoEConfig(_Checked):
 
 
 EXPERT_PARAMS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")  # have a leading E axis
+EXPERT_MATRICES = ("w_gate", "w_up", "w_down", "w_shared_gate", "w_shared_up", "w_shared_down")

@@ -6,24 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FloatArray, as_float
+from numoe._arrays import FloatArray, as_bits, as_float
 from numoe.config import EXPERT_PARAMS, ExpertConfig
 from numoe.routing import Dispatch, check_config, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCache:
-    """What `experts_backward` needs of the forward: the rows before the activation.
+    """What `experts_backward` uses of the forward: the rows before the activation.
 
     Attributes
     ----------
     gate : (M, F) or None
         ``x @ w_gate + b_gate``; None for plain MLP experts.
-    up : (M, F)
-        ``x @ w_up + b_up``.
+    up : (M, F) or None
+        ``x @ w_up + b_up``; None if nothing was kept: the backward computes both again.
     """
 
     gate: FloatArray | None
@@ -47,11 +48,16 @@ def _of_experts(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype
             f"params must hold exactly {', '.join(expected)} of the experts' parameters for form={config.form!r} and "
             f"bias={config.bias}; got {', '.join(chosen) or 'none of them'}."
         )
+    narrow = dtype == np.float32 and getattr(chosen["w_up"], "dtype", None) == ml_dtypes.bfloat16
     for name, value in chosen.items():
-        if not isinstance(value, np.ndarray) or value.dtype != dtype:
+        expected_dtype = np.dtype(ml_dtypes.bfloat16) if narrow and name.startswith("w_") else dtype
+        if not isinstance(value, np.ndarray) or value.dtype != expected_dtype:
             kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-            raise TypeError(f"params[{name!r}] must be a {dtype} array like x; got {kind}.  Convert x to it.")
-    return chosen
+            like = "w_up" if narrow else "x"
+            raise TypeError(
+                f"params[{name!r}] must be a {expected_dtype} array like {like}; got {kind}.  Convert x to it."
+            )
+    return {name: as_bits(value) if narrow and name.startswith("w_") else value for name, value in chosen.items()}
 
 
 def experts_forward(
@@ -73,10 +79,12 @@ def experts_forward(
     Parameters
     ----------
     x : (T, D) float32 or float64
+        The dtype of the arithmetic and of the result.
     plan : Dispatch
     params : mapping
         ``w_gate`` (E, D, F), ``w_up`` (E, D, F), ``w_down`` (E, F, D), and optionally ``b_gate``, ``b_up`` (E, F),
-        ``b_down`` (E, D); C-contiguous arrays of x's dtype.  Other names are ignored.
+        ``b_down`` (E, D); C-contiguous arrays of x's dtype, or bfloat16 matrices with float32 x and biases.  Other
+        names are ignored.
     config : ExpertConfig
     weights : (T, K), optional
         Needed for ``weight_on="input"``, and for ``combined=True`` unless all weights are 1.
@@ -84,7 +92,7 @@ def experts_forward(
         Return the weighted sum per token (T, D) - `combine` fused into the last product, without a row buffer -
         instead of the rows (M, D).
     keep_cache : bool
-        Keep what the backward needs.
+        Keep the rows before the activation, 2·M·F numbers; otherwise the backward computes them again.
 
     Returns
     -------
@@ -140,6 +148,8 @@ def experts_backward(
     *,
     weights: Any = None,
     combined: bool = False,
+    into: Mapping[str, FloatArray] | None = None,
+    accumulate: bool = False,
 ) -> tuple[FloatArray, FloatArray | None, dict[str, FloatArray]]:
     r"""The adjoint of `experts_forward`, with the same arguments and its cache.
 
@@ -148,13 +158,20 @@ def experts_backward(
     :math:`dx = dg\,W_{gate}^T + du\,W_{up}^T`, and the weight's gradient is :math:`\langle dy\,W_{down}^T, h \rangle +
     \langle dy, b_{down} \rangle`, so the experts' outputs need not be stored.
 
+    Parameters
+    ----------
+    into : mapping of str to array, optional
+        Arrays for the parameters' gradients, of x's dtype and the parameters' shapes; e.g. those of the last step.
+    accumulate : bool
+        Add the parameters' gradients to what is in `into`.
+
     Returns
     -------
     dx : (T, D)
     dweights : (T, K) or None
         None if `weights` was None (or, with ``combined=False``, belongs to `combine_backward`).
     dparams : dict
-        Same names and shapes as the experts' parameters; exactly 0 for experts without rows.
+        Same names and shapes as the experts' parameters, in x's dtype; exactly 0 for experts without rows.
 
     Examples
     --------
@@ -187,4 +204,6 @@ def experts_backward(
         combined,
         cache.gate,
         cache.up,
+        into,
+        accumulate,
     )

@@ -23,7 +23,7 @@ from numoe._steps import (
     run,
     run_shared,
 )
-from numoe.config import MoEConfig, checked_real
+from numoe.config import MoEConfig, checked_flag, checked_real
 from numoe.packed import PackedMoELayer
 from numoe.routing import (
     Dispatch,
@@ -179,7 +179,7 @@ class MoELayer:
             raise TypeError(f"config must be a numoe.MoEConfig; got {type(config).__name__}.")
         self._config = MoEConfig.from_options(**options) if config is None else config
         self.params = _initial_params(self._config, np.random.default_rng(rng))
-        self.buffers = {n: np.zeros(s, self.dtype) for n, s in self._config.buffer_shapes().items()}
+        self.buffers = {n: np.zeros(s, self._config.param_dtype(n)) for n, s in self._config.buffer_shapes().items()}
 
     # ── what it is ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,7 +190,7 @@ class MoELayer:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """float32 or float64, of parameters and results."""
+        """float32, float64 or bfloat16, of the experts' matrices and of results."""
         return np.dtype(self._config.dtype)
 
     @property
@@ -257,7 +257,7 @@ class MoELayer:
         check_nan(nan_policy, tokens, router, real)
         routing = self._route(router, real)
         plan = dispatch(routing, self._config.router, self._config.dispatch, sequence_lengths=_lengths(shape))
-        y = self._branches(tokens, routing, plan, real, keep_cache=False)[0].reshape(shape)
+        y = self._result(self._branches(tokens, routing, plan, real, keep_cache=False)[0], shape)
         if out is None:
             return y
         np.copyto(out, y)
@@ -274,6 +274,7 @@ class MoELayer:
         weights: Any = None,
         sequence_lengths: Any = None,
         nan_policy: str = "propagate",
+        recompute: bool = False,
     ) -> MoEOutput:
         """The layer with everything a backward or an analysis needs.
 
@@ -292,6 +293,9 @@ class MoELayer:
         sequence_lengths : sequence of int, optional
             Lengths of the sequences in x if they differ, for per-sequence capacity and losses.
         nan_policy : {"propagate", "raise"}
+        recompute : bool
+            Keep no activations: the backward computes them again, for a sixth of the step's arithmetic more and
+            2·M·F numbers of memory less.  The gradients are the same, bit for bit.
 
         Returns
         -------
@@ -305,6 +309,7 @@ class MoELayer:
             With ``nan_policy="raise"``, for NaN logits.
         """
         config = self._config
+        keep = not checked_flag("recompute", recompute)
         tokens, shape, real = self._tokens(x, mask)
         if np.may_share_memory(tokens, x):
             tokens = tokens.copy()  # x may be overwritten before the backward reads it
@@ -319,11 +324,11 @@ class MoELayer:
             check_nan(nan_policy, tokens, router, real)
             routing, given = self._route(router, real), None if logits is None else np.shape(logits)
         plan = dispatch(routing, config.router, config.dispatch, sequence_lengths=lengths)
-        y, routed, shared = self._branches(tokens, routing, plan, real, keep_cache=True)
+        y, routed, shared = self._branches(tokens, routing, plan, real, keep_cache=keep)
         found = aux_losses_of(config, routing, router, lengths)
         terms = {name: LossTerm(loss.value, config.aux_losses[name]) for name, loss in found.items()}
         return MoEOutput(
-            y=y.reshape(shape),
+            y=self._result(y, shape),
             routing=routing,
             dispatch=plan,
             losses=terms,
@@ -348,7 +353,15 @@ class MoELayer:
     # ── backward ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @np.errstate(all="ignore")
-    def backward(self, dy: Any, out: MoEOutput, d_aux_loss: float = 1.0) -> MoEGrads:
+    def backward(
+        self,
+        dy: Any,
+        out: MoEOutput,
+        d_aux_loss: float = 1.0,
+        *,
+        into: MoEGrads | None = None,
+        accumulate: bool = False,
+    ) -> MoEGrads:
         r"""Gradients of :math:`\langle dy, y \rangle + d\_aux\_loss \cdot aux\_loss`.
 
         Which experts were chosen, and who was dropped, is a constant.
@@ -361,59 +374,128 @@ class MoELayer:
             From this layer's `forward`; usable any number of times.
         d_aux_loss : float
             Factor on the auxiliary losses' gradient; 0 leaves them out.
+        into : MoEGrads, optional
+            Of an earlier backward of this layer: its ``params`` arrays are used again, which saves the system the work
+            of finding fresh memory at every step.
+        accumulate : bool
+            Add the parameters' gradients to those in `into`, for batches that come in parts.
 
         Returns
         -------
         MoEGrads
+            Gradients of parameters are float32 for a bfloat16 layer.
+
+        Examples
+        --------
+        >>> import numpy as np, numoe
+        >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0)
+        >>> out = layer.forward(np.ones((3, 8), np.float32))
+        >>> grads = layer.backward(np.ones_like(out.y), out)
+        >>> once = grads.params["w_up"].copy()
+        >>> twice = layer.backward(np.ones_like(out.y), out, into=grads, accumulate=True)
+        >>> twice.params["w_up"] is grads.params["w_up"], bool(np.all(twice.params["w_up"] == 2 * once))
+        (True, True)
         """
         cache, config = self._cache_of(out), self._config
-        dy, shape = as_float(dy, "dy", self.dtype), out.y.shape
+        self._check_into(into, checked_flag("accumulate", accumulate))
+        dy, shape = as_float(dy, "dy", config.compute_dtype), out.y.shape
         if dy.shape != shape:
             raise ValueError(f"dy must have the shape of out.y, {shape}; got {dy.shape}.")
         dy = dy.reshape(cache.x.shape)
-        largest = float(np.finfo(self.dtype).max) / max([1.0, *config.aux_losses.values()])
+        largest = float(np.finfo(config.compute_dtype).max) / max([1.0, *config.aux_losses.values()])
         scale = checked_real("d_aux_loss", d_aux_loss, low=-largest, high=largest)
         # y = routed + shared
-        dx, dused, dparams = cache.routed.backward(dy, cache.x)
+        given = None if into is None else into.params
+        dx, dused, done = cache.routed.backward(dy, cache.x, given, accumulate)
+        dparams: dict[str, FloatArray] = {}  # computed here: still to be stored or added
         if cache.shared is not None:
-            dx_shared, dparams_shared = self._shared_backward(cache, dy)
+            dx_shared, done_shared, dparams = self._shared_backward(cache, dy, given, accumulate)
             dx += dx_shared
-            dparams |= dparams_shared
+            done |= done_shared
         assert dused is not None
         # used = combine_weights(routing.weights);  aux_loss = Σ coefficient * loss(weights, logits)
         dweights = combine_weights_backward(dused, out.routing, out.dispatch, config.router, config.dispatch)
         dweights_aux, dlogits_aux = aux_gradients(config, cache.losses, scale)
         dweights = dweights + dweights_aux
         if cache.router is None:
-            params = self._ordered(dparams)
-            return MoEGrads(x=dx.reshape(shape), params=params, weights=dweights.reshape(cache.given))
+            params = self._stored(done, dparams, given, accumulate)
+            return MoEGrads(x=self._result(dx, shape), params=params, weights=dweights.reshape(cache.given))
         # weights = route(logits)
         dlogits = route_backward(dweights, out.routing, config.router) + dlogits_aux
         if cache.router.x is None:
-            params = self._ordered(dparams)
-            return MoEGrads(x=dx.reshape(shape), params=params, logits=dlogits.reshape(cache.given))
+            params = self._stored(done, dparams, given, accumulate)
+            return MoEGrads(x=self._result(dx, shape), params=params, logits=dlogits.reshape(cache.given))
         # logits = (x * jitter) @ w_router + b_router + noise
         dx_router, dw, db = router_logits_backward(dlogits, cache.router.x, self.params["w_router"])
         dx += dx_router if cache.router.jitter is None else dx_router * cache.router.jitter
         if not config.router.frozen:
             dparams |= {"w_router": dw, "b_router": db}
-        return MoEGrads(x=dx.reshape(shape), params=self._ordered(dparams))
+        return MoEGrads(x=self._result(dx, shape), params=self._stored(done, dparams, given, accumulate))
 
-    def _shared_backward(self, cache: _Cache, dy: FloatArray) -> tuple[FloatArray, dict[str, FloatArray]]:
+    def _shared_backward(
+        self, cache: _Cache, dy: FloatArray, into: Mapping[str, FloatArray] | None, accumulate: bool
+    ) -> tuple[FloatArray, dict[str, FloatArray], dict[str, FloatArray]]:
+        """dx, the finished gradients of the shared expert's matrices, and that of its score."""
         assert cache.shared is not None
-        dx, dgate, dparams = cache.shared.backward(dy, cache.x)
-        renamed = {name.replace("w_", "w_shared_"): gradient[0] for name, gradient in dparams.items()}
-        if dgate is not None:  # gate = sigmoid(x @ w_shared_score)
-            dscore = route_backward(dgate, cache.shared.routing, SHARED_GATE)
-            dx_score, dw, _ = router_logits_backward(dscore, cache.x, self.params["w_shared_score"][:, None])
-            dx += dx_score
-            renamed["w_shared_score"] = dw[:, 0]
-        return dx, renamed
+        names = {name: name.replace("w_", "w_shared_") for name in cache.shared.params}
+        own = None if into is None else {name: into[shared][None] for name, shared in names.items()}
+        dx, dgate, dparams = cache.shared.backward(dy, cache.x, own, accumulate)
+        done = {names[name]: gradient[0] for name, gradient in dparams.items()}
+        if dgate is None:
+            return dx, done, {}
+        # gate = sigmoid(x @ w_shared_score)
+        dscore = route_backward(dgate, cache.shared.routing, SHARED_GATE)
+        dx_score, dw, _ = router_logits_backward(dscore, cache.x, self.params["w_shared_score"][:, None])
+        dx += dx_score
+        return dx, done, {"w_shared_score": dw[:, 0]}
 
-    def _ordered(self, found: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        """Gradients in the order of ``params``; exact zeros for what got none (frozen, or routed from outside)."""
-        shapes = self._config.param_shapes()
-        return {name: found[name] if name in found else np.zeros(s, self.dtype) for name, s in shapes.items()}
+    def _stored(
+        self,
+        done: Mapping[str, FloatArray],
+        found: Mapping[str, FloatArray],
+        into: Mapping[str, FloatArray] | None,
+        accumulate: bool,
+    ) -> dict[str, FloatArray]:
+        """All gradients in the order of ``params``; exact zeros for what got none (frozen, or routed from outside).
+
+        The core has stored those of `done` in `into`; those of `found` follow here.
+        """
+        gradients = {}
+        for name, shape in self._config.param_shapes().items():
+            if into is None:
+                gradient = done.get(name, found.get(name))
+                gradients[name] = np.zeros(shape, self._config.compute_dtype) if gradient is None else gradient
+                continue
+            gradients[name] = into[name]
+            if name in done:
+                continue
+            if accumulate:
+                into[name][...] += found.get(name, 0)
+            else:
+                into[name][...] = found.get(name, 0)
+        return gradients
+
+    def _check_into(self, into: MoEGrads | None, accumulate: bool) -> None:
+        if into is None:
+            if accumulate:
+                raise ValueError("accumulate=True adds to earlier gradients; pass them as into=.")
+            return
+        if not isinstance(into, MoEGrads):
+            raise TypeError(f"into must be the MoEGrads of an earlier backward; got {type(into).__name__}.")
+        dtype = self._config.compute_dtype
+        for name, shape in self._config.param_shapes().items():
+            value = into.params.get(name)
+            if value is None or value.shape != shape or value.dtype != dtype:
+                got = "nothing" if value is None else f"{value.dtype} {value.shape}"
+                raise ValueError(f"into.params[{name!r}] must be a {dtype} array of shape {shape}; got {got}.")
+            if not value.flags.c_contiguous or not value.flags.writeable:
+                raise ValueError(f"into.params[{name!r}] must be C-contiguous and writable.")
+            if np.may_share_memory(value, self.params[name]):
+                raise ValueError(f"into.params[{name!r}] overlaps the parameter itself; pass a backward's own arrays.")
+
+    def _result(self, value: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+        """Tokens in the user's shape and the layer's dtype."""
+        return value.astype(self.dtype, copy=False).reshape(shape)
 
     def _cache_of(self, out: MoEOutput) -> _Cache:
         if not isinstance(out, MoEOutput):
@@ -428,7 +510,7 @@ class MoELayer:
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tokens(self, x: Any, mask: Any) -> tuple[FloatArray, tuple[int, ...], BoolArray | None]:
-        """X as (T, D) with zeros where masked, its original shape, and the mask (T,)."""
+        """X as (T, D) in the dtype of the arithmetic with zeros where masked, its original shape, and the mask (T,)."""
         self._check_params()
         width, choices = self._config.d_model, self._config.router.top_k
         if math.prod(getattr(x, "shape", ())[:-1]) * choices >= 2**31:
@@ -437,7 +519,7 @@ class MoELayer:
         if array.ndim == 0 or array.shape[-1] != width:
             raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
         shape = array.shape
-        tokens = array.reshape(math.prod(shape[:-1]), width)
+        tokens = array.reshape(math.prod(shape[:-1]), width).astype(self._config.compute_dtype, copy=False)
         if mask is None:
             return tokens, shape, None
         valid = as_mask(mask, len(tokens), shape[:-1])
@@ -452,10 +534,11 @@ class MoELayer:
             for name, shape in shapes.items():
                 value = values.get(name)
                 ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
-                if value is None or not ours or value.shape != shape or value.dtype != self.dtype:
+                dtype = self._config.param_dtype(name)
+                if value is None or not ours or value.shape != shape or value.dtype != dtype:
                     got = f"{value.dtype} {value.shape}" if value is not None and ours else type(value).__name__
                     raise ValueError(
-                        f"layer.{kind}[{name!r}] must be a {self.dtype} array of shape {shape}; got {got}.  "
+                        f"layer.{kind}[{name!r}] must be a {dtype} array of shape {shape}; got {got}.  "
                         f"Assign in place: layer.{kind}[{name!r}][...] = value."
                     )
 
@@ -467,7 +550,7 @@ class MoELayer:
         jitter: FloatArray | None = None
         seen: FloatArray | None = None
         if logits is not None:
-            clean = as_float(logits, "logits", self.dtype)
+            clean = as_float(logits, "logits", self._config.compute_dtype)
             if clean.shape not in ((*shape[:-1], router.num_experts), (len(x), router.num_experts)):
                 raise ValueError(
                     f"logits must have x's leading shape {shape[:-1]} and E = {router.num_experts}; got {clean.shape}."
@@ -476,13 +559,13 @@ class MoELayer:
         else:
             seen = x
             if generator is not None and router.jitter > 0:
-                jitter = generator.uniform(1 - router.jitter, 1 + router.jitter, x.shape).astype(self.dtype)
+                jitter = generator.uniform(1 - router.jitter, 1 + router.jitter, x.shape).astype(x.dtype)
                 seen = x * jitter
             clean = router_logits(seen, self.params["w_router"], self.params.get("b_router"))
         if generator is None or router.noise_std == 0:
             return RouterPass(clean, clean, 0.0, seen, jitter)
-        noise = generator.standard_normal(clean.shape).astype(self.dtype)
-        return RouterPass(clean + self.dtype.type(router.noise_std) * noise, clean, router.noise_std, seen, jitter)
+        noise = generator.standard_normal(clean.shape).astype(clean.dtype)
+        return RouterPass(clean + clean.dtype.type(router.noise_std) * noise, clean, router.noise_std, seen, jitter)
 
     def _route(self, router: RouterPass, real: BoolArray | None) -> Routing:
         return route(router.logits, self._config.router, choice_bias=self.buffers.get("choice_bias"), mask=real)
@@ -491,7 +574,7 @@ class MoELayer:
         """The caller's decision; masked tokens are not routed, and what is not routed weighs 0."""
         choices = self._config.router.top_k
         width = (math.prod(shape[:-1]), choices)
-        chosen, value = plain_array(indices, "indices"), as_float(weights, "weights", self.dtype)
+        chosen, value = plain_array(indices, "indices"), as_float(weights, "weights", self._config.compute_dtype)
         if chosen.shape != value.shape or chosen.shape not in ((*shape[:-1], choices), width):
             raise ValueError(
                 f"indices and weights must both have x's leading shape {shape[:-1]} and K = {choices}; got "
@@ -501,7 +584,7 @@ class MoELayer:
         value = value.reshape(width)
         if real is not None:
             chosen = np.where(real[:, None], chosen, np.int32(-1))
-        return Routing(indices=chosen, weights=np.where(chosen >= 0, value, self.dtype.type(0)), mask=real)
+        return Routing(indices=chosen, weights=np.where(chosen >= 0, value, value.dtype.type(0)), mask=real)
 
     def _check_out(self, out: Any, x: FloatArray, shape: tuple[int, ...]) -> None:
         if not isinstance(out, np.ndarray) or out.dtype != self.dtype:
@@ -607,9 +690,10 @@ class MoELayer:
         layer._config = config
         shapes = config.param_shapes() | config.buffer_shapes()
         for name, value in state.items():
-            if name in shapes and value.dtype != layer.dtype:
-                raise checkpoint.CheckpointError(f"{path}: {name!r} must be {layer.dtype}; got {value.dtype}.")
-        expected = {name: (shape, layer.dtype) for name, shape in shapes.items()}
+            if name in shapes and value.dtype != config.param_dtype(name):
+                expects = config.param_dtype(name)
+                raise checkpoint.CheckpointError(f"{path}: {name!r} must be {expects}; got {value.dtype}.")
+        expected = {name: (shape, config.param_dtype(name)) for name, shape in shapes.items()}
         arrays, _ = checkpoint.checked_state(state, expected, source=str(path))
         layer.params = {name: arrays[name] for name in config.param_shapes()}
         layer.buffers = {name: arrays[name] for name in config.buffer_shapes()}
@@ -639,14 +723,14 @@ class MoELayer:
 
 def _initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, FloatArray]:
     """Router N(0, 0.02²), matrices N(0, 1/fan_in), biases 0; every tensor is drawn whole, in the documented order."""
-    params = {name: np.zeros(shape, config.dtype) for name, shape in config.param_shapes().items()}
+    params = {name: np.zeros(shape, config.compute_dtype) for name, shape in config.param_shapes().items()}
     for name, value in params.items():
         if name.startswith("w_"):
             fan_in = value.shape[-2] if value.ndim > 1 else value.shape[0]
             std = 0.02 if name == "w_router" else fan_in**-0.5
             rng.standard_normal(out=value, dtype=value.dtype)
             value *= std
-    return params
+    return {name: value.astype(config.param_dtype(name), copy=False) for name, value in params.items()}
 
 
 def _source(logits: Any, indices: Any, weights: Any) -> str:

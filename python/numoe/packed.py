@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FloatArray, as_float
+from numoe._arrays import FloatArray, as_bits, as_float
 from numoe.config import ExpertConfig, MoEConfig
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, router_options
@@ -60,17 +61,15 @@ class PackedMoELayer:
         if dtype not in PACKED_DTYPES:
             raise ValueError(f"pack takes one of {', '.join(map(repr, PACKED_DTYPES))}; got {dtype!r}.")
         config = layer.config
-        if (dtype == "float64") != (config.dtype == "float64"):
-            raise ValueError(
-                f"a {config.dtype} layer packs to "
-                f"{'float64' if config.dtype == 'float64' else 'float32 or bfloat16'}; got {dtype!r}."
-            )
+        choices = {"float32": "float32 or bfloat16"}.get(config.dtype, config.dtype)
+        if dtype not in choices:
+            raise ValueError(f"a {config.dtype} layer packs to {choices}; got {dtype!r}.")
         if not config.dispatch.dropless:
             raise ValueError("pack serves dropless layers; this one has a capacity.  Use layer(x), or drop the limit.")
         self._config, self._dtype = config, dtype
         start = time.perf_counter()
         self._core = _CLASSES[dtype](
-            layer.params,
+            _bits_of(layer.params),
             layer.buffers.get("choice_bias"),
             router_options(config.router),
             expert_options(config.experts),
@@ -160,14 +159,20 @@ def _shared_config(config: MoEConfig) -> ExpertConfig:
     return ExpertConfig(d_ff=config.shared.d_ff, form=config.shared.form, activation=config.shared.activation)
 
 
+def _bits_of(params: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    return {name: as_bits(value) if value.dtype == ml_dtypes.bfloat16 else value for name, value in params.items()}
+
+
 def _shared_params(layer: MoELayer) -> dict[str, FloatArray] | None:
     if layer.config.shared is None:
         return None
-    params = {
-        f"w_{name}": layer.params[f"w_shared_{name}"][None]
-        for name in ("gate", "up", "down")
-        if f"w_shared_{name}" in layer.params
-    }
+    params = _bits_of(
+        {
+            f"w_{name}": layer.params[f"w_shared_{name}"][None]
+            for name in ("gate", "up", "down")
+            if f"w_shared_{name}" in layer.params
+        }
+    )
     if "w_shared_score" in layer.params:
         params["score"] = layer.params["w_shared_score"]
     return params

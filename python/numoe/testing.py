@@ -183,17 +183,22 @@ def random_problem(rng: Any = 0, *, tokens: int | tuple[int, ...] = 12, **option
     generator = np.random.default_rng(rng)
     params = {
         # Matrices keep the size of what they multiply; biases are large enough to matter.
-        name: _normal(generator, shape, config, shape[-2] ** -0.5 if name.startswith("w_") and len(shape) > 1 else 0.3)
+        name: _normal(generator, shape, shape[-2] ** -0.5 if name.startswith("w_") and len(shape) > 1 else 0.3).astype(
+            config.param_dtype(name)
+        )
         for name, shape in config.param_shapes().items()
     }
-    buffers = {name: _normal(generator, shape, config, 0.1) for name, shape in config.buffer_shapes().items()}
+    buffers = {
+        name: _normal(generator, shape, 0.1).astype(config.param_dtype(name))
+        for name, shape in config.buffer_shapes().items()
+    }
     shape = (*(tokens if isinstance(tokens, tuple) else (tokens,)), config.d_model)
-    x, dy = (_normal(generator, shape, config, 1.0) for _ in range(2))
+    x, dy = (_normal(generator, shape, 1.0).astype(config.dtype) for _ in range(2))
     return Problem(config, params, buffers, x, dy)
 
 
-def _normal(generator: np.random.Generator, shape: tuple[int, ...], config: MoEConfig, std: float) -> Array:
-    return (std * generator.standard_normal(shape)).astype(config.dtype)
+def _normal(generator: np.random.Generator, shape: tuple[int, ...], std: float) -> Array:
+    return std * generator.standard_normal(shape)
 
 
 # ── gradients ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -142,7 +142,7 @@ def forward(
     ValueError
         For a token without an available expert, and for arguments that exclude each other or do not fit.
     """
-    x = np.asarray(x, config.dtype)
+    x = np.asarray(x, config.compute_dtype)
     p = _arrays(config, params)
     tokens, real, lengths = _flatten(config, x, mask, sequence_lengths)
     row_mask = None if mask is None else real[:, 0]
@@ -191,7 +191,7 @@ def backward(
     d_aux_loss : float
     """
     p, c, routing, plan = _arrays(config, params), out.cache, out.routing, out.dispatch
-    dy = np.where(c.real, np.asarray(dy, config.dtype).reshape(c.x.shape), 0)
+    dy = np.where(c.real, np.asarray(dy, config.compute_dtype).reshape(c.x.shape), 0)
     dx = np.zeros_like(c.x)
     dparams = {name: np.zeros_like(value) for name, value in p.items()}
 
@@ -325,7 +325,7 @@ def aux_losses_backward(config: MoEConfig, losses: Mapping[str, Loss]) -> tuple[
 
 
 def _arrays(config: MoEConfig, params: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
-    return {name: np.asarray(params[name], config.dtype) for name in config.param_shapes()}
+    return {name: np.asarray(params[name], config.compute_dtype) for name in config.param_shapes()}
 
 
 def _choice_bias(config: MoEConfig, buffers: Mapping[str, npt.ArrayLike] | None) -> Array | None:
@@ -333,7 +333,7 @@ def _choice_bias(config: MoEConfig, buffers: Mapping[str, npt.ArrayLike] | None)
         return None
     if buffers is None:
         raise ValueError("choice_bias=True needs buffers={'choice_bias': array (E,)}; got buffers=None.")
-    return np.asarray(buffers["choice_bias"], config.dtype)
+    return np.asarray(buffers["choice_bias"], config.compute_dtype)
 
 
 def _shared_params(p: Mapping[str, Array]) -> dict[str, Array]:

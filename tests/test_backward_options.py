@@ -1,0 +1,138 @@
+"""Gradients into arrays that exist already, added to them, and from activations computed again."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import numoe
+from numoe.testing import assert_bitwise_equal, random_problem
+
+FORMS = [
+    dict(form=form, bias=bias, shared=shared, dtype=dtype)
+    for form, bias, shared, dtype in itertools.product(
+        ("glu", "mlp"),
+        (False, True),
+        (None, numoe.SharedExpertConfig(d_ff=9, gate="sigmoid")),
+        ("float32", "float64", "bfloat16"),
+    )
+]
+
+
+def setup(tokens: int = 50, **options: Any) -> tuple[numoe.MoELayer, Any, numoe.MoEOutput]:
+    problem = random_problem(3, tokens=tokens, d_model=37, d_ff=67, num_experts=8, **options)
+    layer = numoe.MoELayer(config=problem.config, rng=0)
+    for name, value in problem.params.items():
+        layer.params[name][...] = value
+    return layer, problem, layer.forward(problem.x)
+
+
+def copies(grads: numoe.MoEGrads) -> dict[str, np.ndarray]:
+    return {name: value.copy() for name, value in grads.params.items()}
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("tokens", [2, 50])  # 2: most experts are idle
+def test_into_overwrites_and_accumulates(options: dict[str, Any], tokens: int) -> None:
+    layer, problem, out = setup(tokens, linear_bias=True, aux_losses={"switch": 0.1}, **options)
+    fresh = layer.backward(problem.dy, out)
+    want, into = copies(fresh), layer.backward(problem.dy, out)
+    for value in into.params.values():
+        value[...] = np.nan  # whatever is there must not matter
+    again = layer.backward(problem.dy, out, into=into)
+    added = layer.backward(problem.dy, out, into=again, accumulate=True)
+    for name, gradient in want.items():
+        assert added.params[name] is into.params[name]
+        assert_bitwise_equal(added.params[name], gradient + gradient, name=name)
+    assert_bitwise_equal(added.x, fresh.x)
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    layer, problem, _ = setup(60, dtype="float64")
+    whole = layer.backward(problem.dy, layer.forward(problem.x))
+    first = layer.backward(problem.dy[:25], layer.forward(problem.x[:25]))
+    both = layer.backward(problem.dy[25:], layer.forward(problem.x[25:]), into=first, accumulate=True)
+    for name, gradient in whole.params.items():
+        numoe.testing.assert_close(both.params[name], gradient)
+
+
+def test_idle_experts_stay_exactly_zero_in_used_arrays() -> None:
+    layer, problem, out = setup(1)
+    into = layer.backward(problem.dy, out)
+    for value in into.params.values():
+        value[...] = 7.0
+    layer.backward(problem.dy, out, into=into)
+    idle = np.setdiff1d(np.arange(8), out.routing.indices)
+    assert len(idle)
+    assert not into.params["w_up"][idle].any()
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_recomputed_activations_give_the_same_bits(options: dict[str, Any]) -> None:
+    layer, problem, out = setup(50, **options)
+    lean = layer.forward(problem.x, recompute=True)
+    assert_bitwise_equal(lean.y, out.y)
+    assert lean._cache.routed.cache.up is None
+    want, got = layer.backward(problem.dy, out), layer.backward(problem.dy, lean)
+    assert_bitwise_equal(got.x, want.x)
+    for name, gradient in want.params.items():
+        assert_bitwise_equal(got.params[name], gradient, name=name)
+
+
+def test_many_rows_per_expert_in_several_blocks() -> None:
+    """More rows than one pass over a panel, more k than one block, in every product."""
+    problem = random_problem(5, tokens=700, d_model=40, d_ff=550, num_experts=2, top_k=1, dtype="float32")
+    layer = numoe.MoELayer(config=problem.config, rng=0)
+    wide = numoe.MoELayer(config=problem.config.replace(dtype="float64"), rng=0)
+    for name, value in problem.params.items():
+        layer.params[name][...] = wide.params[name][...] = value
+    out, exact = layer.forward(problem.x), wide.forward(problem.x)
+    numoe.testing.assert_close(out.y, exact.y, scale=np.abs(exact.y).max() * 10)
+    grads = layer.backward(problem.dy, out)
+    exact_grads = wide.backward(problem.dy, exact)
+    for name, gradient in exact_grads.params.items():
+        numoe.testing.assert_close(grads.params[name], gradient, scale=np.abs(gradient).max() * 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda g: dict(into=g.params), TypeError, "into must be the MoEGrads of an earlier backward; got dict"),
+        (lambda _: dict(accumulate=True), ValueError, "accumulate=True adds to earlier gradients; pass them as into="),
+        (lambda g: dict(into=g, accumulate=1), TypeError, "accumulate must be True or False; got 1"),
+        (
+            lambda g: dict(into=numoe.MoEGrads(x=g.x, params={**g.params, "w_up": g.params["w_up"][:, ::2]})),
+            ValueError,
+            r"into.params\['w_up'\] must be a float32 array of shape \(8, 37, 67\); got float32 \(8, 19, 67\)",
+        ),
+        (
+            lambda g: dict(into=numoe.MoEGrads(x=g.x, params={**g.params, "w_up": np.zeros((8, 37, 67))})),
+            ValueError,
+            r"got float64 \(8, 37, 67\)",
+        ),
+        (
+            lambda g: dict(into=numoe.MoEGrads(x=g.x, params={n: v for n, v in g.params.items() if n != "w_router"})),
+            ValueError,
+            r"into.params\['w_router'\] must be a float32 array of shape \(37, 8\); got nothing",
+        ),
+    ],
+)
+def test_unusable_arrays_are_refused(change: Any, error: type[Exception], message: str) -> None:
+    layer, problem, out = setup(10, dtype="float32")
+    grads = layer.backward(problem.dy, out)
+    before = copies(grads)
+    with pytest.raises(error, match=message):
+        layer.backward(problem.dy, out, **change(grads))
+    for name, value in before.items():
+        assert_bitwise_equal(grads.params[name], value)
+
+
+def test_parameters_and_read_only_arrays_are_no_place_for_gradients() -> None:
+    layer, problem, out = setup(10, dtype="float32")
+    grads = layer.backward(problem.dy, out)
+    with pytest.raises(ValueError, match=r"into.params\['w_router'\] overlaps the parameter itself"):
+        layer.backward(problem.dy, out, into=numoe.MoEGrads(x=grads.x, params=layer.params))
+    grads.params["w_up"].flags.writeable = False
+    with pytest.raises(ValueError, match=r"into.params\['w_up'\] must be C-contiguous and writable"):
+        layer.backward(problem.dy, out, into=grads)
