@@ -3,10 +3,9 @@
 import itertools
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
-
-import numoe
 from numoe.testing import assert_bitwise_equal, random_problem
 
 FORMS = [

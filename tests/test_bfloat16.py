@@ -4,12 +4,11 @@ import itertools
 from typing import Any
 
 import ml_dtypes
+import numoe
 import numpy as np
 import pytest
 import safetensors.numpy
-
-import numoe
-from numoe.testing import assert_close, assert_bitwise_equal, random_problem
+from numoe.testing import assert_bitwise_equal, assert_close, random_problem
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FORMS = [

@@ -66,9 +66,9 @@ class GradArrays {
     for (Index e = 0; e < dispatch.num_experts(); ++e) busy += dispatch.rows(e) != 0;
     const bool mostly_busy = 2 * busy >= dispatch.num_experts();
     make_ = py::module_::import("numpy").attr(mostly_busy ? "empty" : "zeros");
-    grads.store = accumulate                          ? GradStore::accumulate
+    grads.store = accumulate                       ? GradStore::accumulate
                   : mostly_busy || !into.is_none() ? GradStore::overwrite
-                                                      : GradStore::fresh;
+                                                   : GradStore::fresh;
     if (glu) grads.gate = tensor("w_gate", "E D F");
     grads.up = tensor("w_up", "E D F");
     grads.down = tensor("w_down", "E F D");
@@ -151,7 +151,8 @@ void bind_experts(py::module_& m) {
         py::arg("combined"), py::arg("keep_cache"));
   m.def("experts_backward", &bind_experts_backward, py::arg("dresult"), py::arg("x"), py::arg("offsets"),
         py::arg("row_token"), py::arg("row_assignment"), py::arg("top_k"), py::arg("weights"), py::arg("params"),
-        py::arg("options"), py::arg("combined"), py::arg("cache_gate"), py::arg("cache_up"), py::arg("into"), py::arg("accumulate"));
+        py::arg("options"), py::arg("combined"), py::arg("cache_gate"), py::arg("cache_up"), py::arg("into"),
+        py::arg("accumulate"));
 }
 
 }  // namespace numoe::bindings

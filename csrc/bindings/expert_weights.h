@@ -17,7 +17,8 @@ template <class F>
 auto with_weights(const py::array& x, const py::dict& params, F&& f) {
   return with_dtype(x, [&]<class T>() {
     if constexpr (std::is_same_v<T, float>) {
-      if (py::isinstance<py::array_t<Stored<bfloat16>>>(param(params, "w_up"))) return f.template operator()<bfloat16>();
+      if (py::isinstance<py::array_t<Stored<bfloat16>>>(param(params, "w_up")))
+        return f.template operator()<bfloat16>();
     }
     return f.template operator()<T>();
   });

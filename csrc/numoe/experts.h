@@ -77,9 +77,9 @@ struct ExpertGrads {
 
 // dresult: (T, D) or (M, D), as `combined` says.  Without a cache the rows before the activation are computed again.
 template <class S>
-void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Compute<S>> x, const DispatchView& dispatch,
-                      MatrixView<const Compute<S>> weights, const ExpertWeights<S>& experts,
-                      const ExpertOptions& options, bool combined, ExpertCache<const Compute<S>> cache,
-                      const ExpertGrads<Compute<S>>& grads);
+void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Compute<S>> x,
+                      const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                      const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
+                      ExpertCache<const Compute<S>> cache, const ExpertGrads<Compute<S>>& grads);
 
 }  // namespace numoe

@@ -277,15 +277,15 @@ class Backward : Pipeline<Compute<S>> {
 }  // namespace
 
 template <class S>
-void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Compute<S>> x, const DispatchView& dispatch,
-                      MatrixView<const Compute<S>> weights, const ExpertWeights<S>& experts,
-                      const ExpertOptions& options, bool combined, ExpertCache<const Compute<S>> cache,
-                      const ExpertGrads<Compute<S>>& grads) {
+void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Compute<S>> x,
+                      const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
+                      const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
+                      ExpertCache<const Compute<S>> cache, const ExpertGrads<Compute<S>>& grads) {
   Backward<S>(dresult, x, dispatch, weights, experts, options, combined, cache, grads).run();
 }
 
-#define NUMOE_INSTANTIATE(S)                                                                                         \
-  template void experts_backward(MatrixView<const Compute<S>>, MatrixView<const Compute<S>>, const DispatchView&,    \
+#define NUMOE_INSTANTIATE(S)                                                                                        \
+  template void experts_backward(MatrixView<const Compute<S>>, MatrixView<const Compute<S>>, const DispatchView&,   \
                                  MatrixView<const Compute<S>>, const ExpertWeights<S>&, const ExpertOptions&, bool, \
                                  ExpertCache<const Compute<S>>, const ExpertGrads<Compute<S>>&);
 NUMOE_INSTANTIATE(float)

@@ -22,12 +22,12 @@ void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatc
       .run({}, y);
 }
 
-#define NUMOE_INSTANTIATE(S)                                                                                          \
-  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>,      \
-                                const ExpertWeights<S>&, const ExpertOptions&, bool, ExpertCache<Compute<S>>,         \
-                                MatrixView<Compute<S>>);                                                              \
-  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>,      \
-                                const PackedExperts<S>&, const ExpertBiases<Compute<S>>&, const ExpertOptions&,       \
+#define NUMOE_INSTANTIATE(S)                                                                                     \
+  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>, \
+                                const ExpertWeights<S>&, const ExpertOptions&, bool, ExpertCache<Compute<S>>,    \
+                                MatrixView<Compute<S>>);                                                         \
+  template void experts_forward(MatrixView<const Compute<S>>, const DispatchView&, MatrixView<const Compute<S>>, \
+                                const PackedExperts<S>&, const ExpertBiases<Compute<S>>&, const ExpertOptions&,  \
                                 MatrixView<Compute<S>>);
 NUMOE_INSTANTIATE(float)
 NUMOE_INSTANTIATE(double)

@@ -165,8 +165,8 @@ class Forward : Pipeline<T> {
         multiply_panels(hidden, pass, down, j, at_once, Store::overwrite, sums);
         for (Index p = 0; p < at_once; ++p) {
           const Index panel_col = (j + p) * W_;
-          add_to_result(e, first, col + panel_col,
-                        {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_}, result);
+          add_to_result(e, first, col + panel_col, {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_},
+                        result);
         }
       }
     });

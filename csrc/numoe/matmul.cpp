@@ -10,7 +10,8 @@ namespace {
 template <class T>
 bool whole_lines(MatrixView<T> c) {
   constexpr auto line = std::uintptr_t{64};
-  return reinterpret_cast<std::uintptr_t>(c.data) % line == 0 && static_cast<std::size_t>(c.stride) * sizeof(T) % line == 0;
+  return reinterpret_cast<std::uintptr_t>(c.data) % line == 0 &&
+         static_cast<std::size_t>(c.stride) * sizeof(T) % line == 0;
 }
 
 }  // namespace

@@ -24,12 +24,8 @@ class PackedExperts {
   Index bytes() const { return (up_.size() + down_.size()) * static_cast<Index>(sizeof(S)); }
 
   // The panel of columns [col, col + W) of w_gate[e] (w_up[e] for plain MLPs); the up panel of a GLU follows it.
-  const S* up(Index e, Index col) const {
-    return up_.data() + e * up_size_ + col / W_ * up_step_;
-  }
-  const S* down(Index e, Index col) const {
-    return down_.data() + e * down_size_ + col / W_ * down_step_;
-  }
+  const S* up(Index e, Index col) const { return up_.data() + e * up_size_ + col / W_ * up_step_; }
+  const S* down(Index e, Index col) const { return down_.data() + e * down_size_ + col / W_ * down_step_; }
   Index gate_to_up() const { return up_step_ / 2; }  // numbers from a GLU's gate panel to its up panel
   Index up_step() const { return up_step_; }         // numbers from one panel (pair) to the next
   Index down_step() const { return down_step_; }

@@ -46,7 +46,8 @@ constexpr Index max_tile_rows = 64, max_tile_cols = 64;  // of any target
 class RowTiles {
  public:
   RowTiles(Index rows, Index max_height)
-      : count_((rows + max_height - 1) / max_height), height_(rows / std::max<Index>(1, count_)),
+      : count_((rows + max_height - 1) / max_height),
+        height_(rows / std::max<Index>(1, count_)),
         higher_(rows - count_ * height_) {}
 
   Index count() const { return count_; }

@@ -108,8 +108,15 @@ class RowMajor {
         for (Index i = range.begin; i < range.end; ++i) {
           const Index rows_of_tile = rows.tiles.height(i);
           T* target = c + (j * height + rows.tiles.begin(i) - first) * W_;
-          kernels<T>().tile(rows_of_tile, {depth, rows.tile(i) + k * rows_of_tile, b, stride, target, W_,
-                                           k == 0 ? store : Store::accumulate, 1024, {b, 0}});
+          kernels<T>().tile(rows_of_tile, {depth,
+                                           rows.tile(i) + k * rows_of_tile,
+                                           b,
+                                           stride,
+                                           target,
+                                           W_,
+                                           k == 0 ? store : Store::accumulate,
+                                           1024,
+                                           {b, 0}});
         }
       }
     }
@@ -219,14 +226,15 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
     }
   }
   if (rows.depth == 0 && store != Store::accumulate) {
-    for (Index r = 0; r < rows.tiles.begin(range.end) - first; ++r) std::fill_n(c + r * c_stride, kernel.tile_cols, T(0));
+    for (Index r = 0; r < rows.tiles.begin(range.end) - first; ++r)
+      std::fill_n(c + r * c_stride, kernel.tile_cols, T(0));
   }
 }
 
 // c (+)= rows · panels [j, j + count); c is [count][rows][W].
 template <class T, class Source>
-void multiply_panels(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Index count, Store store,
-                     T* c) {
+void multiply_panels(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Index count,
+                     Store store, T* c) {
   if constexpr (requires { &Source::multiply_all; }) {
     if (source.panels_at_once(range.count()) > 1) return source.multiply_all(rows, range, store, c);
   }
