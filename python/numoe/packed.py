@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FloatArray, as_float
+from numoe._arrays import FloatArray, as_float, as_indices
 from numoe.config import ExpertConfig, MoEConfig
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, router_options
@@ -133,6 +133,39 @@ class PackedMoELayer:
         if getattr(x, "dtype", None) == ml_dtypes.bfloat16:
             y = y.astype(ml_dtypes.bfloat16)
         return y
+
+    def forward_routed(self, x: Any, indices: Any, weights: Any) -> FloatArray:
+        """The layer's output for a routing from outside: bring your own router.
+
+        Parameters
+        ----------
+        x : (T, D)
+        indices : (T, K) of int
+            Chosen experts, distinct within a token; -1 for "not routed".
+        weights : (T, K)
+
+        Returns
+        -------
+        y : (T, D)
+            The shared expert included.
+
+        Raises
+        ------
+        IndexError
+            If an index is outside ``-1..E-1``.
+        ValueError
+            If shapes do not agree, or a token chooses an expert twice.
+
+        Examples
+        --------
+        >>> import numpy as np, numoe
+        >>> fast = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0).pack()
+        >>> fast.forward_routed(np.ones((2, 8), np.float32), [[3, 0], [1, -1]], [[0.5, 0.5], [1.0, 0.0]]).shape
+        (2, 8)
+        """
+        array = as_float(x, "x", np.float64 if self._dtype == "float64" else np.float32, ndim=2)
+        chosen = as_indices(indices, self._config.router.num_experts)
+        return self._core.forward_routed(array, chosen, as_float(weights, "weights", array.dtype, ndim=2))
 
     def experts(self, x: Any, plan: Dispatch, weights: Any = None) -> FloatArray:
         """The routed experts alone, for a routing from outside: `experts_forward` with ``combined=True``.
