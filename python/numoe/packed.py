@@ -130,9 +130,7 @@ class PackedMoELayer:
                 raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
             rows = math.prod(array.shape[:-1])
             y = self._core.forward(array.reshape(rows, width)).reshape(array.shape)
-        if getattr(x, "dtype", None) == ml_dtypes.bfloat16:
-            y = y.astype(ml_dtypes.bfloat16)
-        return y
+        return _rounded_like(y, x)
 
     def forward_routed(self, x: Any, indices: Any, weights: Any) -> FloatArray:
         """The layer's output for a routing from outside: bring your own router.
@@ -147,7 +145,7 @@ class PackedMoELayer:
         Returns
         -------
         y : (T, D)
-            The shared expert included.
+            The shared expert included; bfloat16 if `x` is.
 
         Raises
         ------
@@ -165,7 +163,8 @@ class PackedMoELayer:
         """
         array = as_float(x, "x", np.float64 if self._dtype == "float64" else np.float32, ndim=2)
         chosen = as_indices(indices, self._config.router.num_experts)
-        return self._core.forward_routed(array, chosen, as_float(weights, "weights", array.dtype, ndim=2))
+        y = self._core.forward_routed(array, chosen, as_float(weights, "weights", array.dtype, ndim=2))
+        return _rounded_like(y, x)
 
     def experts(self, x: Any, plan: Dispatch, weights: Any = None) -> FloatArray:
         """The routed experts alone, for a routing from outside: `experts_forward` with ``combined=True``.
@@ -185,6 +184,11 @@ class PackedMoELayer:
         if weights is not None:
             weights = as_float(weights, "weights", array.dtype, ndim=2)
         return self._core.experts(array, plan.offsets, plan.row_token, plan.row_assignment, plan.top_k, weights)
+
+
+def _rounded_like(y: FloatArray, x: Any) -> FloatArray:
+    """`y`, as bfloat16 if `x` is."""
+    return y.astype(ml_dtypes.bfloat16) if getattr(x, "dtype", None) == ml_dtypes.bfloat16 else y
 
 
 def _shared_config(config: MoEConfig) -> ExpertConfig:
