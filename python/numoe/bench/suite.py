@@ -138,11 +138,13 @@ def _print_run(settings: Settings, machine: Machine, result: report.Row) -> None
 
 
 def memory_needed(cells: list[Cell], dtype: str) -> float:
-    """Bytes: weights, the rows of one call (three copies), and room for the probe; gradients, if there are any."""
+    """Bytes: weights and perhaps gradients, rows of one call (three copies), the probe, and the check in float64."""
     shape, itemsize = cells[0].shape, np.dtype(compute_dtype(dtype)).itemsize
     copies = 1 + any(cell.backward for cell in cells)
     rows = max(cell.tokens for cell in cells) * shape.top_k * (2 * shape.d_model + 3 * shape.d_ff)
-    return itemsize * (copies * shape.numbers + 3 * rows) + DRAM_SIZE / 2
+    hit = min(shape.num_experts, checked_tokens(shape) * shape.top_k)
+    checked = hit * shape.numbers_per_expert + shape.shared_numbers
+    return itemsize * (copies * shape.numbers + 3 * rows) + 8 * copies * checked + DRAM_SIZE / 2
 
 
 class LayerRun:
