@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from numoe import _core, bench
 from numoe.__main__ import main
-from numoe.bench import compare, contenders, machine, report, suite, timing, workloads
+from numoe.bench import accuracy, compare, contenders, machine, report, scaling, suite, timing, workloads
+from numoe.bench.accuracy import error_against_reference
+from numoe.bench.contenders import Task
 from numoe.bench.workloads import LAYERS, Cost, cost, make_routings, parse_layer, roofline
 
 TINY = parse_layer("8x2x16x32")
@@ -70,6 +72,7 @@ def test_cells_show_every_routing_once_and_one_token_only_once():
         (["--tokens", "0"], "'0' must be a whole number >= 1"),
         (["--threads", "two"], "'two' must be a whole number >= 1"),
         (["--seconds", "nan"], "must be a number of seconds > 0"),
+        (["--peers", "tensorflow"], "peer 'tensorflow' is unknown; give some of torch-loop"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--quick", "--full"], "not allowed with"),
     ],
@@ -198,12 +201,12 @@ def test_contenders_agree_with_the_reference(name, shape, rng):
     layer = numoe.MoELayer(config=shape.config("float64"), rng=0)
     for value in layer.params.values():
         value[...] = rng.standard_normal(value.shape) / 4
-    runner = contenders.CONTENDERS[name](layer)
+    runner = contenders.CONTENDERS[name](Task(layer=layer, dtype="float64"))
     x, dy = rng.standard_normal((2, 5, 16))
     for kind in ("uniform", "one"):
         indices, weights = make_routings(kind, 5, shape, "float64")[3]
-        for gradient in (None, dy):
-            assert contenders.error_against_reference(runner, layer, x, indices, weights, gradient) < 1e-12
+        for gradient in (None,) if name == "packed" else (None, dy):
+            assert error_against_reference(runner, layer, x, indices, weights, gradient) < 1e-12
 
 
 def test_a_wrong_contender_is_noticed(rng):
@@ -213,15 +216,39 @@ def test_a_wrong_contender_is_noticed(rng):
 
         def forward_backward(self, x, indices, weights, dy):
             step = super().forward_backward(x, indices, weights, dy)
-            step.dparams["w_down"][indices[0, 0]] = np.nan
+            step.dparams()["w_down"][indices[0, 0]] = np.nan
             return step
 
     layer = numoe.MoELayer(config=TINY.config("float32"), rng=0)
     x, dy = rng.standard_normal((2, 5, 16)).astype(np.float32)
     indices, weights = make_routings("uniform", 5, TINY, "float32")[0]
-    error = contenders.error_against_reference(Wrong(layer), layer, x, indices, weights)
-    assert error == pytest.approx(0.01, rel=1e-3)
-    assert contenders.error_against_reference(Wrong(layer), layer, x, indices, weights, dy) == np.inf
+    wrong = Wrong(Task(layer=layer))
+    assert error_against_reference(wrong, layer, x, indices, weights) == pytest.approx(0.01, rel=1e-3)
+    assert error_against_reference(wrong, layer, x, indices, weights, dy) == np.inf
+
+
+def test_some_rows_of_a_large_call_are_checked(rng):
+    class WrongAtTheEnd(contenders.NumpyLoop):
+        def forward(self, x, indices, weights):
+            y = super().forward(x, indices, weights)
+            y[len(y) // 2 :] = 0
+            return y
+
+    layer = numoe.MoELayer(config=TINY.config("float32"), rng=0)
+    x, dy = rng.standard_normal((2, 100, 16)).astype(np.float32)
+    indices, weights = make_routings("uniform", 100, TINY, "float32")[0]
+    wanted = accuracy.sample(layer, x, indices, weights, dy, 3)
+    assert wanted.tokens.tolist() == [0, 49, 99]
+    numpy, wrong = contenders.NumpyLoop(Task(layer=layer)), WrongAtTheEnd(Task(layer=layer))
+    assert accuracy.error_of_sample(numpy, wanted, x, indices, weights, dy) < 1e-5
+    assert accuracy.error_of_sample(numpy, wanted, x, indices, weights) < 1e-5
+    assert accuracy.error_of_sample(wrong, wanted, x, indices, weights) > 0.1
+
+
+def test_as_many_tokens_are_checked_as_fit():
+    assert accuracy.checked_tokens(LAYERS["tiny"]) == 8
+    assert accuracy.checked_tokens(LAYERS["tiny"], 3) == 3
+    assert accuracy.checked_tokens(LAYERS["mixtral-8x7b"]) == 1  # 2 experts in float64: 2.8 GB
 
 
 # ── time ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,7 +393,9 @@ def test_blas_threads_can_be_set_or_are_unknown():
 
 @pytest.fixture
 def small_probe(monkeypatch):
-    """A run reads 512 MB and insists on an undisturbed peak; tests need neither."""
+    """A run reads 512 MB, insists on an undisturbed peak and waits for other threads; tests need none of it."""
+    monkeypatch.setattr(suite, "settle", lambda: None)
+    monkeypatch.setattr(scaling, "settle", lambda: None)
     monkeypatch.setattr(machine, "DRAM_SIZE", 2**24)
     monkeypatch.setattr(machine, "_ATTEMPTS", 1)
 
@@ -383,8 +412,11 @@ def test_a_run_prints_an_aligned_table_and_writes_what_it_measured(dtype, tmp_pa
     start = next(i for i, line in enumerate(lines) if line.startswith("pass "))
     table = [line for line in lines[start:] if line.startswith(("pass ", "forward ", "fwd+bwd "))]
     assert len(table) == 1 + 7  # forward: T=1, T=8 four routings; forward+backward: T=1, T=8
+    lines = [line for line in lines if re.search(r" (numoe|packed|numpy) +\d", line)]
+    assert len(lines) == 5 * 3 + 2 * 2  # a line each; packed layers have no backward
     end = table[0].index(" ms") + 3  # right-aligned: every time ends below the end of its title
-    assert all(re.search(r"\d$", line[:end]) and line[end] == " " for line in table[1:])
+    assert all(re.search(r"\d$", line[:end]) and line[end] == " " for line in lines)
+    assert "no packed in forward+backward: it has no backward" in printed.out
     assert "8x2x16x32: E 8, K 2, D 16, F 32" in printed.out
     assert "bench" not in printed.err  # the bar only
     run = bench.load_run(path)
@@ -404,7 +436,7 @@ def test_a_run_prints_an_aligned_table_and_writes_what_it_measured(dtype, tmp_pa
 
 @pytest.mark.usefixtures("small_probe")
 def test_contenders_that_cannot_run_or_are_wrong_are_shown(monkeypatch, capsys):
-    def absent(layer):
+    def absent(task):
         raise contenders.ContenderUnavailableError("package 'other' is not installed")
 
     class Wrong(contenders.NumpyLoop):
@@ -417,17 +449,17 @@ def test_contenders_that_cannot_run_or_are_wrong_are_shown(monkeypatch, capsys):
     assert main(["bench", "--quick", "--seconds", "0.01", *options]) == 0
     printed = capsys.readouterr().out
     assert "no other: package 'other' is not installed" in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("forward ")]
-    assert re.search(r" -  +- ", line)  # its columns stay
-    assert re.search(r"wrong ~?%?!", line)
+    assert not re.search(r"^ +other ", printed, re.MULTILINE)
+    assert re.search(r"^ +wrong .* 1e\+00 ~?%?!$", printed, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("small_probe")
 def test_a_layer_that_does_not_fit_is_left_out_with_a_line(monkeypatch, capsys):
     monkeypatch.setattr(suite, "available_memory", lambda: 1e9)
     assert main(["bench", "--quick", "--layers", "64x2x4096x4096", "--tokens", "1"]) == 0
-    # 64 * 3 * 4096² * 4 bytes = 12.9 GB, the same for the gradients
-    assert re.search(r"64x2x4096x4096: left out, 2[45]\.\d GB of memory are missing", capsys.readouterr().out)
+    # 64 * 3 * 4096² * 4 bytes = 12.9 GB; 2 checked tokens' 4 experts in float64: 1.6 GB; both again for gradients;
+    # the probe: 0.27 GB
+    assert "64x2x4096x4096: left out, 28.3 GB of memory are missing" in capsys.readouterr().out
 
 
 def test_available_memory_is_positive():
@@ -510,17 +542,45 @@ def test_an_interrupted_run_keeps_its_cells(monkeypatch, tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_flags_name_the_contender_they_belong_to():
-    row = cell(1.0, numpy=1.0)
-    row["contenders"]["numoe"] |= {"clean": False, "drifted": True}
-    row["contenders"]["numpy"]["wrong"] = True
-    assert report.flags(row) == "~%, numpy !"
+def test_flags():
+    result = cell(1.0)["contenders"]["numoe"]
+    assert report.flags(result) == ""
+    assert report.flags({**result, "clean": False, "drifted": True}) == "~%"
+    assert report.flags({**result, "wrong": True}) == "!"
+
+
+def test_the_overview_shows_who_was_fastest_and_who_is_wrong():
+    cells = [cell(2.0, 0.4, numpy=1.0, other=4.0), cell(3.0, 0.2, numpy=12.0, tokens=16)]
+    cells[1]["contenders"]["cheat"] = {**cells[1]["contenders"]["numpy"], "median": 0.1, "wrong": True}
+    title, heading, one, many, mean, end = report.overview_lines(cells)
+    assert "forward;" in title
+    assert heading.split() == ["layer", "T", "numoe", "numpy", "other", "cheat"]
+    assert one.split() == ["tiny", "1", "40", "40*", "40", "-"]
+    assert many.split() == ["tiny", "16", "20*", "20", "-", "20!"]
+    assert mean.split() == ["x", "numoe,", "mean", "1.00", "1.41", "2.00", "-"]  # √(0.5 * 4)
+    assert end == ""
 
 
 def test_the_command_shows_its_help():
     command = [sys.executable, "-m", "numoe", "bench", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert all(option in text for option in ("--layers", "--quick", "--full", "--json", "--compare"))
+
+
+@pytest.mark.usefixtures("small_probe")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaling_is_relative_to_the_first(dtype, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(scaling, "EXPERTS", (8, 16))
+    monkeypatch.setattr(scaling, "_TOKENS", 16)
+    path = tmp_path / "run.json"
+    options = ["--layers", "8x2x32x32", "--tokens", "1", "--passes", "forward", "--seconds", "0.01", "--dtype", dtype]
+    assert main(["bench", "--quick", *options, "--threads", "2", "--scaling", "--json", str(path)]) == 0
+    assert "  packed  8: 1.00  16: " in capsys.readouterr().out
+    kinds = bench.load_run(path)["scaling"]
+    for kind, key in (("experts", "per_token"), ("threads", "median"), ("routing", "median")):
+        mine = [row for row in kinds[kind] if row["contender"] == "packed"]
+        assert [row["relative"] for row in mine] == [row[key] / mine[0][key] for row in mine]
+    assert [row["threads"] for row in kinds["threads"] if row["contender"] == "packed"] == [1, 2]
 
 
 def test_judging_a_timing_by_hand():

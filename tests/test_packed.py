@@ -65,6 +65,36 @@ def test_outside_routing_and_shapes():
     assert packed(x.astype(ml_dtypes.bfloat16)).dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.parametrize("gate", [None, "none", "sigmoid"])
+def test_a_routing_from_outside_gives_the_bits_of_the_layer(gate):
+    layer = make("softmax", "glu", True, gate)
+    packed = layer.pack()
+    for count in (0, 1, 5, 50):
+        x = tokens(count, "float32")
+        out = layer.forward(x)
+        assert_bitwise_equal(packed.forward_routed(x, out.routing.indices, out.routing.weights), out.y)
+    indices = np.where(np.arange(K) > 0, -1, out.routing.indices)  # second and third choices go nowhere
+    want = layer.forward(x, indices=indices, weights=out.routing.weights).y
+    assert_bitwise_equal(packed.forward_routed(x, indices.astype(np.int64), out.routing.weights), want)
+
+
+@pytest.mark.parametrize(
+    ("indices", "weights", "error", "match"),
+    [
+        ([[0, 6]], [[1.0, 1.0]], IndexError, r"indices\[0, 1\] = 6 is out of range for num_experts = 6"),
+        ([[0, -2]], [[1.0, 1.0]], IndexError, r"indices\[0, 1\] = -2 is out of range"),
+        ([[2, 1, 2]], [[1.0, 1.0, 1.0]], ValueError, r"indices\[0\] chooses expert 2 twice"),
+        ([[0], [1]], [[1.0], [1.0]], ValueError, "indices"),
+        ([[0, 1]], [[1.0]], ValueError, "weights"),
+        ([[0.0]], [[1.0]], TypeError, "indices must be an array of ints"),
+    ],
+)
+def test_wrong_routings_are_explained(indices, weights, error, match):
+    packed = make("softmax", "glu", False, None).pack()
+    with pytest.raises(error, match=match):
+        packed.forward_routed(tokens(1, "float32"), indices, weights)
+
+
 def test_memory_is_that_of_the_weights():
     layer = numoe.MoELayer(d_model=128, d_ff=256, num_experts=4, top_k=2, rng=0)
     weights = sum(value.nbytes for value in layer.params.values())

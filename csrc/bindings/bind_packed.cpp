@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <span>
+
 #include "bindings/dispatch_arrays.h"
 #include "bindings/expert_weights.h"
 #include "numoe/layer.h"
@@ -64,6 +67,41 @@ py::array forward(const PackedLayer<S>& layer, const py::array& x_) {
   return y.array;
 }
 
+// The core checks the range of the indices, as it counts them.
+void check_distinct(MatrixView<const std::int32_t> indices) {
+  for (Index t = 0; t < indices.rows; ++t) {
+    const std::span choices(indices.row(t), static_cast<std::size_t>(indices.cols));
+    for (std::size_t k = 1; k < choices.size(); ++k) {
+      const auto earlier = choices.first(k);
+      if (choices[k] >= 0 && std::find(earlier.begin(), earlier.end(), choices[k]) != earlier.end()) {
+        throw py::value_error("indices[" + std::to_string(t) + "] chooses expert " + std::to_string(choices[k]) +
+                              " twice; the choices of one token must be distinct.");
+      }
+    }
+  }
+}
+
+// The layer without its router.
+template <class S>
+py::array forward_routed(const PackedLayer<S>& layer, const py::array& x_, const py::array& indices_,
+                         const py::array& weights_) {
+  using T = Compute<S>;
+  Dims dims;
+  dims.bind("D", layer.d_model());
+  auto x = dims.matrix<T>(x_, "x", "T D");
+  auto indices = dims.matrix<std::int32_t>(indices_, "indices", "T K");
+  auto weights = dims.matrix<T>(weights_, "weights", "T K");
+  check_assignments(dims["T"], dims["K"]);
+  check_distinct(indices);
+  auto y = dims.empty<T>("T D");
+  auto view = y.matrix();
+  {
+    ReleasedGil nogil;
+    layer.forward_routed(x, indices, weights, view);
+  }
+  return y.array;
+}
+
 // The routed experts alone, for a dispatch made outside.
 template <class S>
 py::array experts(const PackedLayer<S>& layer, const py::array& x_, const py::array& offset_,
@@ -93,6 +131,7 @@ void bind_packed_layer(py::module_& m, const char* name) {
       .def(py::init(&make_layer<S>), py::arg("params"), py::arg("choice_bias"), py::arg("router"), py::arg("options"),
            py::arg("shared_params"), py::arg("shared_options"))
       .def("forward", &forward<S>, py::arg("x"))
+      .def("forward_routed", &forward_routed<S>, py::arg("x"), py::arg("indices"), py::arg("weights"))
       .def("experts", &experts<S>, py::arg("x"), py::arg("offsets"), py::arg("row_token"), py::arg("row_assignment"),
            py::arg("top_k"), py::arg("weights"))
       .def_property_readonly("nbytes", &Layer::bytes);

@@ -36,14 +36,13 @@ struct Pass {
   std::vector<std::int32_t> indices, row_token, row_assignment, assignment_row;
   std::vector<std::int64_t> offset;
 
-  DispatchView sort(Index tokens, Index choices, Index num_experts) {
-    const MatrixView<const std::int32_t> chosen{indices.data(), tokens, choices, choices};
+  DispatchView sort(MatrixView<const std::int32_t> chosen, Index num_experts) {
     offset.assign(static_cast<std::size_t>(num_experts) + 1, 0);
     count_assignments(chosen, {}, std::span(offset).subspan(1));
     std::partial_sum(offset.begin(), offset.end(), offset.begin());
-    row_token.resize(static_cast<std::size_t>(tokens * choices));
+    row_token.resize(static_cast<std::size_t>(offset.back()));
     row_assignment.resize(row_token.size());
-    sort_by_expert(chosen, {}, offset, row_token, row_assignment, matrix(assignment_row, tokens, choices));
+    sort_by_expert(chosen, {}, offset, row_token, row_assignment, matrix(assignment_row, chosen.rows, chosen.cols));
     return {offset, row_token, row_assignment};
   }
 };
@@ -120,7 +119,15 @@ void PackedLayer<S>::forward(MatrixView<const T> x, MatrixView<T> y) const {
   multiply_packed(operand(x), router_panels_.data(), x.cols, logits);
   add_router_bias<T>(b_router_, logits);
   route<T>(logits, choice_bias_, {}, router_, indices, weights);
-  routed_.forward(x, pass->sort(tokens, choices, num_experts()), weights, y);
+  routed_.forward(x, pass->sort(indices, num_experts()), weights, y);
+  if (shared_) add_shared(x, y);
+}
+
+template <class S>
+void PackedLayer<S>::forward_routed(MatrixView<const T> x, MatrixView<const std::int32_t> indices,
+                                    MatrixView<const T> weights, MatrixView<T> y) const {
+  BorrowedPass<T> pass;
+  routed_.forward(x, pass->sort(indices, num_experts()), weights, y);
   if (shared_) add_shared(x, y);
 }
 
@@ -140,7 +147,7 @@ void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
     used = weights;
   }
   const auto y_shared = matrix(pass->y, y.rows, y.cols);
-  shared_->forward(x, pass->sort(x.rows, 1, 1), used, y_shared);
+  shared_->forward(x, pass->sort(indices, 1), used, y_shared);
   as_array(y) += as_array(y_shared);
 }
 

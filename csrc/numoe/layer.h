@@ -40,6 +40,9 @@ class PackedLayer {
 
   // y (T, D) of x (T, D): nothing dropped, nothing masked.  The numbers of the unpacked layer, bit for bit for S = T.
   void forward(MatrixView<const T> x, MatrixView<T> y) const;
+  // The same for a router's decision from outside: indices (T, K) in -1..E-1, -1 for nobody, and weights (T, K).
+  void forward_routed(MatrixView<const T> x, MatrixView<const std::int32_t> indices, MatrixView<const T> weights,
+                      MatrixView<T> y) const;
 
  private:
   void add_shared(MatrixView<const T> x, MatrixView<T> y) const;

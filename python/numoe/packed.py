@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FloatArray, as_bits, as_float
+from numoe._arrays import FloatArray, as_bits, as_float, as_indices
 from numoe.config import ExpertConfig, MoEConfig
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, router_options
@@ -129,9 +129,41 @@ class PackedMoELayer:
                 raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
             rows = math.prod(array.shape[:-1])
             y = self._core.forward(array.reshape(rows, width)).reshape(array.shape)
-        if getattr(x, "dtype", None) == ml_dtypes.bfloat16:
-            y = y.astype(ml_dtypes.bfloat16)
-        return y
+        return _rounded_like(y, x)
+
+    def forward_routed(self, x: Any, indices: Any, weights: Any) -> FloatArray:
+        """The layer's output for a routing from outside: bring your own router.
+
+        Parameters
+        ----------
+        x : (T, D)
+        indices : (T, K) of int
+            Chosen experts, distinct within a token; -1 for "not routed".
+        weights : (T, K)
+
+        Returns
+        -------
+        y : (T, D)
+            The shared expert included; bfloat16 if `x` is.
+
+        Raises
+        ------
+        IndexError
+            If an index is outside ``-1..E-1``.
+        ValueError
+            If shapes do not agree, or a token chooses an expert twice.
+
+        Examples
+        --------
+        >>> import numpy as np, numoe
+        >>> fast = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0).pack()
+        >>> fast.forward_routed(np.ones((2, 8), np.float32), [[3, 0], [1, -1]], [[0.5, 0.5], [1.0, 0.0]]).shape
+        (2, 8)
+        """
+        array = as_float(x, "x", np.float64 if self._dtype == "float64" else np.float32, ndim=2)
+        chosen = as_indices(indices, self._config.router.num_experts)
+        y = self._core.forward_routed(array, chosen, as_float(weights, "weights", array.dtype, ndim=2))
+        return _rounded_like(y, x)
 
     def experts(self, x: Any, plan: Dispatch, weights: Any = None) -> FloatArray:
         """The routed experts alone, for a routing from outside: `experts_forward` with ``combined=True``.
@@ -151,6 +183,11 @@ class PackedMoELayer:
         if weights is not None:
             weights = as_float(weights, "weights", array.dtype, ndim=2)
         return self._core.experts(array, plan.offsets, plan.row_token, plan.row_assignment, plan.top_k, weights)
+
+
+def _rounded_like(y: FloatArray, x: Any) -> FloatArray:
+    """`y`, as bfloat16 if `x` is."""
+    return y.astype(ml_dtypes.bfloat16) if getattr(x, "dtype", None) == ml_dtypes.bfloat16 else y
 
 
 def _shared_config(config: MoEConfig) -> ExpertConfig:

@@ -1,4 +1,4 @@
-"""``python -m numoe bench``: the layer against this machine's limits, and against a NumPy loop.
+"""``python -m numoe bench``: the layer against this machine's limits, a NumPy loop, and other libraries.
 
 Every number is a share of something measured in the same run: the machine's peak on registers, and its read
 rate right before and after each cell.  Losing rows are shown like all others.
@@ -16,10 +16,13 @@ from typing import Any
 
 from numoe import _core
 from numoe.bench.compare import comparison_lines
+from numoe.bench.peers import PEERS, parse_peer
 from numoe.bench.report import Row
+from numoe.bench.scaling import print_scaling
 from numoe.bench.suite import FORMAT, PASSES, Settings, run_bench
 from numoe.bench.workloads import (
     DEFAULT_LAYERS,
+    DTYPES,
     LAYERS,
     QUICK_LAYERS,
     ROUTINGS,
@@ -46,17 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=checked(_positive), metavar="T", help="token counts (default 1 16 256)")
     add("--routing", nargs="+", choices=tuple(ROUTINGS), help="default: uniform; all for the largest forward")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
-    add("--dtype", choices=("float32", "float64"), default="float32")
+    peers = f"other libraries too: {', '.join(PEERS)} (default: all of them); pip install '.[bench]'"
+    add("--peers", nargs="*", type=checked(parse_peer), metavar="NAME", help=peers)
+    add("--dtype", choices=tuple(DTYPES), default="float32")
     add(
         "--threads",
         type=checked(_positive),
         metavar="N",
-        help="of numoe and of NumPy's OpenBLAS (default: numoe's)",
+        help="of numoe, of NumPy's OpenBLAS and of the peers (default: numoe's)",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small layers, half a minute at most")
     size.add_argument("--full", action="store_true", help="all layers in their published sizes, 1 to 4096 tokens")
     add("--seconds", type=checked(_seconds), help="of undisturbed calls per measurement (default 0.3)")
+    add("--scaling", action="store_true", help="then also: many experts, threads, skew, on layers of its own")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two such files and measure nothing")
 
@@ -90,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     result: Row = {}
     try:
         run_bench(settings_of(args), result)
+        if args.scaling:
+            print_scaling(settings_of(args), result)
     finally:  # an interrupted run keeps what it has
         if args.json is not None and result.get("cells"):
             args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -102,11 +110,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     names = QUICK_LAYERS if args.quick else tuple(LAYERS) if args.full else DEFAULT_LAYERS
     tokens = (1, 64) if args.quick else (1, 4, 16, 64, 256, 1024, 4096) if args.full else (1, 16, 256)
     layers = args.layers or [LAYERS[name] for name in names]
+    peers = tuple(PEERS) if args.peers == [] else tuple(args.peers or ())
     return Settings(
         layers=tuple(layers if args.full else map(fit_default_run, layers)),
         tokens=tuple(args.tokens or tokens),
         routings=tuple(args.routing) if args.routing else tuple(ROUTINGS) if args.full else None,
         passes=tuple(args.passes),
+        peers=peers,
         dtype=args.dtype,
         threads=args.threads or _core.num_threads(),
         seconds=args.seconds or (0.1 if args.quick else 1.0 if args.full else 0.3),

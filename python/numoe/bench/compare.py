@@ -58,7 +58,7 @@ def comparison_lines(before: Row, after: Row) -> Iterator[str]:
     rows = compare(before, after)
     width = max([len(row["layer"]) for row in rows] + [5])
     yield (
-        f"{'layer':<{width}} {'dtype':<8} {'pass':<8} {'T':>5} {'routing':<9} {'who':<8} {'before ms':>10} "
+        f"{'layer':<{width}} {'dtype':<8} {'pass':<8} {'T':>5} {'routing':<9} {'who':<13} {'before ms':>10} "
         f"{'after ms':>10} {'ratio':>6} {'share':>13}"
     )
     for row in rows:
@@ -66,7 +66,7 @@ def comparison_lines(before: Row, after: Row) -> Iterator[str]:
         verdict = "" if row["verdict"] == "same" else row["verdict"]
         line = (
             f"{row['layer']:<{width}} {row['dtype']:<8} {PASS_NAMES[row['passes']]:<8} {row['tokens']:>5} "
-            f"{row['routing']:<9} {row['contender']:<8} {short(row['before'] * 1e3):>10} "
+            f"{row['routing']:<9} {row['contender']:<13} {short(row['before'] * 1e3):>10} "
             f"{short(row['after'] * 1e3):>10} {row['ratio']:>6.2f} {shares:>13} {verdict}"
         )
         yield line.rstrip()

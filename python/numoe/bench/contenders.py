@@ -1,28 +1,70 @@
 """Who is measured: a table of names and callables, all given the same numbers and checked against float64.
 
-A contender is a function of a layer that returns a `Runner`.  It receives the router's decision (indices and
-weights) and has to sort, compute and combine.  To add one, write a runner and add a line to `CONTENDERS`; one
-that cannot run here raises `ContenderUnavailableError` with the reason, which is printed.
+A contender is a function of a `Task` that returns a `Runner`.  It receives the router's decision (indices and
+weights) and has to sort, compute and combine.  Those that need nothing but numoe are here, other libraries in
+`numoe.bench.peers`.  To add one, write a runner and add a line to `CONTENDERS` or to its `PEERS`; one that cannot
+run here raises `ContenderUnavailableError` with the reason, which is printed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from numoe import reference
-from numoe.config import EXPERT_PARAMS, ExpertConfig, MoEConfig, RouterConfig
+from numoe.bench.workloads import Routings
+from numoe.config import EXPERT_PARAMS, ExpertConfig, RouterConfig, SharedExpertConfig
 from numoe.experts import experts_forward
 from numoe.layer import MoELayer
 from numoe.routing import Routing, dispatch
 
 Array = npt.NDArray[Any]
 _ONE_EXPERT = RouterConfig(num_experts=1, top_k=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a contender has to run."""
+
+    layer: MoELayer  # float64 if `dtype` is, else float32; rounded to bfloat16 if that is the dtype
+    dtype: str = "float32"  # of x, of the experts' weights and of y; bfloat16 adds up in float32
+    threads: int = 1
+    tokens: int = 4096  # the most that one call brings
+
+    @property
+    def experts(self) -> ExpertConfig:
+        """The experts' form, activation, biases."""
+        return self.layer.config.experts
+
+    @property
+    def shared(self) -> SharedExpertConfig | None:
+        """The expert that everybody visits."""
+        return self.layer.config.shared
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.layer.config.router.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.layer.config.router.top_k
+
+    @property
+    def d_model(self) -> int:
+        """D."""
+        return self.layer.config.d_model
+
+    def weights(self, name: str) -> Array:
+        """A parameter in the task's dtype."""
+        value = self.layer.params[name]
+        return value.astype(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else value
 
 
 @dataclass(frozen=True)
@@ -32,17 +74,25 @@ class Step:
     y: Array  # (T, D)
     dx: Array  # (T, D)
     dweights: Array  # (T, K)
-    dparams: dict[str, Array]  # of the experts and the shared expert, names and shapes of the layer's
+    dparams: Callable[[], dict[str, Array]]  # experts' and shared gradients as in the layer; called outside the timing
 
 
-class Runner(Protocol):
+class Runner:
     """One implementation of the layer."""
+
+    def prepare(self, routings: Routings) -> None:
+        """What need not be timed: called once before the calls that will bring these routings."""
 
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """The output y (T, D), for inference."""
+        raise NotImplementedError
 
     def forward_backward(self, x: Array, indices: Array, weights: Array, dy: Array) -> Step:
         """The output and the gradients of ``<dy, y>`` for x, weights and all expert matrices."""
+        raise ContenderUnavailableError("it has no backward")
+
+    def close(self) -> None:
+        """Gives back threads, settings and memory."""
 
 
 class ContenderUnavailableError(Exception):
@@ -52,11 +102,11 @@ class ContenderUnavailableError(Exception):
 # ── numoe ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Numoe:
+class Numoe(Runner):
     """The layer as its users call it; the forward without the cache of a backward."""
 
-    def __init__(self, layer: MoELayer) -> None:
-        self._layer = layer
+    def __init__(self, task: Task) -> None:
+        self._layer = layer = _bfloat16_layer(task.layer) if task.dtype == "bfloat16" else task.layer
         self._config = layer.config
         shared = layer.config.shared
         if shared is not None:
@@ -85,7 +135,28 @@ class Numoe:
         out = self._layer.forward(x, indices=indices, weights=weights)
         grads = self._layer.backward(dy, out)
         assert grads.weights is not None
-        return Step(out.y, grads.x, grads.weights, grads.params)
+        return Step(out.y, grads.x, grads.weights, lambda: grads.params)
+
+
+def _bfloat16_layer(layer: MoELayer) -> MoELayer:
+    try:
+        copy = MoELayer(config=layer.config.replace(dtype="bfloat16"), rng=0)
+    except (TypeError, ValueError) as error:
+        raise ContenderUnavailableError(f"MoELayer refuses this dtype ({error})") from None
+    for name, value in copy.params.items():
+        value[...] = layer.params[name].astype(value.dtype)
+    return copy
+
+
+class Packed(Runner):
+    """The layer packed for inference."""
+
+    def __init__(self, task: Task) -> None:
+        self._packed = task.layer.pack(task.dtype)
+
+    def forward(self, x: Array, indices: Array, weights: Array) -> Array:
+        """One call."""
+        return self._packed.forward_routed(x, indices, weights)
 
 
 # ── a NumPy loop ────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,10 +185,13 @@ def _hit_experts(indices: Array) -> Iterator[tuple[int, Array, Array]]:
         yield int(e), mine // top_k, mine % top_k
 
 
-class NumpyLoop:
+class NumpyLoop(Runner):
     """What one writes without a library: sort, then three BLAS products for every expert that was hit."""
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, task: Task) -> None:
+        if task.dtype == "bfloat16":
+            raise ContenderUnavailableError("NumPy has no bfloat16 products")
+        layer = task.layer
         self._params, self._config = layer.params, layer.config
         self._experts = {name: layer.params[name] for name in EXPERT_PARAMS if name in layer.params}
         self._shared = {n.replace("_shared", ""): p for n, p in layer.params.items() if n.startswith("w_shared")}
@@ -151,7 +225,7 @@ class NumpyLoop:
             out, dx_rows = self._expert_step(self._shared, dw, x, dy)
             y += out
             dx += dx_rows
-        return Step(y, dx, dweights, dparams)
+        return Step(y, dx, dweights, lambda: dparams)
 
     def _expert(self, w: dict[str, Array], x: Array) -> Array:
         """One expert on its rows, (n, D) → (n, D)."""
@@ -203,53 +277,10 @@ def _down(w: dict[str, Array], hidden: Array) -> Array:
     return out
 
 
-CONTENDERS: dict[str, Callable[[MoELayer], Runner]] = {
+Prepare = Callable[[Task], Runner]
+
+CONTENDERS: dict[str, Prepare] = {
     "numoe": Numoe,
+    "packed": Packed,
     "numpy": NumpyLoop,
 }
-
-
-# ── is it right? ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def error_against_reference(
-    runner: Runner, layer: MoELayer, x: Array, indices: Array, weights: Array, dy: Array | None = None
-) -> float:
-    r"""Largest :math:`\max|got - want| / \max|want|` of y and (with `dy`) of every gradient.
-
-    `want` is `numoe.reference` in float64, on a layer that holds the hit experts only.
-    """
-    hit, compact = np.unique(indices, return_inverse=True)
-    config = _compact_config(layer.config, len(hit))
-    params = {name: _of_experts(value, name, hit) for name, value in layer.params.items()}
-    want = reference.forward(config, params, x, indices=compact.reshape(indices.shape), weights=weights)
-    if dy is None:
-        return relative_error(runner.forward(x, indices, weights), want.y)
-    grads = reference.backward(config, params, dy, want)
-    step = runner.forward_backward(x, indices, weights, dy)
-    assert grads.weights is not None
-    pairs = [(step.y, want.y), (step.dx, grads.x), (step.dweights, grads.weights)]
-    pairs += [(_of_experts(step.dparams[n], n, hit), g) for n, g in grads.params.items() if n != "w_router"]
-    return max(relative_error(got, exact) for got, exact in pairs)
-
-
-def _compact_config(config: MoEConfig, num_experts: int) -> MoEConfig:
-    router = dataclasses.replace(config.router, num_experts=num_experts)
-    return dataclasses.replace(config, router=router, dtype="float64")
-
-
-def _of_experts(value: Array, name: str, hit: Array) -> Array:
-    """The hit experts' part of a parameter or gradient."""
-    if name == "w_router":
-        return value[:, hit]
-    return value[hit] if name in EXPERT_PARAMS else value
-
-
-def relative_error(got: Array, want: Array) -> float:
-    """Largest difference over largest value; infinite for NaN.
-
-    >>> float(relative_error(np.array([1.0, 2.5]), np.array([1.0, 2.0])))
-    0.25
-    """
-    error = float(np.max(np.abs(got - want), initial=0.0) / max(np.max(np.abs(want), initial=0.0), 1e-300))
-    return float("inf") if np.isnan(error) else error

@@ -35,6 +35,8 @@ class Machine:
         CPU, target, versions, settings of the system.
     peaks : dict
         Kind of vectors → {"1": FLOP/s on one thread, "n": FLOP/s on `threads`}, for all that the CPU has.
+    peak_dtype : str
+        Of these peaks: that of the run, or float32 for bfloat16 without dot products of its own.
     read : dict
         "L2", "L3", "DRAM" → bytes per second, keyed alike.
     clean : bool
@@ -46,6 +48,7 @@ class Machine:
         self.facts = collect_facts(threads)
         self._buffer = _core.ReadProbe(DRAM_SIZE)
         names: list[str] = [probe["name"] for probe in _core.peak_probes() if probe["supported"]]
+        self.peak_dtype = dtype if dtype != "bfloat16" or _has_bfloat16_probe(names) else "float32"
         self.peaks = {
             name: {"1": self._peak(name, 1, seconds), "n": self._peak(name, threads, seconds)} for name in names
         }
@@ -86,6 +89,7 @@ class Machine:
         return {
             **self.facts,
             "dtype": self.dtype,
+            "peak_dtype": self.peak_dtype,
             "peaks": self.peaks,
             "best_vectors": self.best_vectors,
             "read": self.read,
@@ -96,7 +100,7 @@ class Machine:
         best, clean = 0.0, False
         for _ in range(_ATTEMPTS):
             watch = Stopwatch()
-            rates = [_core.probe_peak(vectors, self.dtype, threads, seconds) for _ in range(3)]
+            rates = [_core.probe_peak(vectors, self.peak_dtype, threads, seconds) for _ in range(3)]
             best, clean = max(best, *rates), watch.usage().clean()
             if clean:
                 break
@@ -105,6 +109,14 @@ class Machine:
 
     def _read(self, size: int, threads: int) -> float:
         return float(self._buffer.rate(size, threads))
+
+
+def _has_bfloat16_probe(names: list[str]) -> bool:
+    """Whether this build can measure bfloat16 dot products on this CPU."""
+    try:
+        return _core.probe_peak(names[0], "bfloat16", 1, 0.001) > 0
+    except ValueError:
+        return False
 
 
 def settle() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +15,26 @@ from tqdm import tqdm
 
 import numoe
 from numoe.bench import report
-from numoe.bench.contenders import (
-    CONTENDERS,
-    Array,
-    ContenderUnavailableError,
-    Runner,
-    error_against_reference,
-)
+from numoe.bench.accuracy import Sample, checked_tokens, error_against_reference, error_of_sample, is_wrong, sample
+from numoe.bench.contenders import CONTENDERS, Array, ContenderUnavailableError, Prepare, Runner, Task
 from numoe.bench.machine import DRAM_SIZE, Machine, available_memory, set_blas_threads, settle
+from numoe.bench.peers import COPIES, PEERS, versions
 from numoe.bench.timing import Timing, measure
-from numoe.bench.workloads import ROUTINGS, Cost, LayerShape, cost, make_routings, roofline
+from numoe.bench.workloads import (
+    DTYPES,
+    ROUTINGS,
+    Cost,
+    LayerShape,
+    Routings,
+    compute_dtype,
+    cost,
+    make_routings,
+    roofline,
+)
 from numoe.layer import MoELayer
 
 FORMAT = 1  # of the JSON
 PASSES = ("forward", "forward+backward")
-_CHECKED_TOKENS = 8
 _DRIFT = 0.15
 
 
@@ -39,6 +46,7 @@ class Settings:
     tokens: tuple[int, ...]
     routings: tuple[str, ...] | None  # None: uniform, and in the largest forward all of them
     passes: tuple[str, ...] = PASSES
+    peers: tuple[str, ...] = ()  # besides the contenders that are always there
     dtype: str = "float32"
     threads: int = 1
     seconds: float = 0.3  # per measurement
@@ -54,6 +62,10 @@ class Settings:
             for routing in self._routings(tokens, passes)
         ]
 
+    def contenders(self) -> dict[str, Prepare]:
+        """Names and how to make them, numoe first."""
+        return {**CONTENDERS, **{name: PEERS[name] for name in PEERS if name in self.peers}}
+
     def _routings(self, tokens: int, passes: str) -> tuple[str, ...]:
         if self.routings is None:
             largest = tokens == max(self.tokens) and passes == "forward"
@@ -63,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table."""
+    """One situation: what every contender is measured in."""
 
     shape: LayerShape
     tokens: int
@@ -85,10 +97,11 @@ def run_bench(settings: Settings, result: report.Row) -> None:
         machine = Machine(settings.dtype, settings.threads, seconds=settings.probe_seconds)
         result |= {
             "format": FORMAT,
-            "machine": {**machine.report(), "blas_threads": blas_threads},
+            "machine": {**machine.report(), "blas_threads": blas_threads, "peers": versions(settings.peers)},
             "settings": {**dataclasses.asdict(settings), "layers": [shape.name for shape in settings.layers]},
             "cells": [],
             "stages": [],
+            "unavailable": [],
         }
         _print_run(settings, machine, result)
         result["machine"]["peak_after"] = machine.peak_again(settings.probe_seconds)
@@ -99,9 +112,10 @@ def run_bench(settings: Settings, result: report.Row) -> None:
 def _print_run(settings: Settings, machine: Machine, result: report.Row) -> None:
     for line in report.machine_lines(result["machine"]):
         print(line)
-    table = report.Table(tuple(CONTENDERS))
+    table = report.Table(tuple(settings.contenders()))
     print(f"\n{table.heading()}", flush=True)
-    with tqdm(total=len(settings.cells()), unit="cell", file=sys.stderr, leave=False) as bar:
+    total = len(settings.cells()) * len(settings.contenders())
+    with tqdm(total=total, unit="row", file=sys.stderr, leave=False) as bar:
 
         def say(text: str) -> None:
             bar.clear()
@@ -112,99 +126,113 @@ def _print_run(settings: Settings, machine: Machine, result: report.Row) -> None
             missing = memory_needed(cells, settings.dtype) - available_memory()
             if missing > 0:
                 say(f"{shape.name}: left out, {missing / 1e9:.1f} GB of memory are missing")
-                bar.update(len(cells))
+                bar.update(len(cells) * len(settings.contenders()))
                 continue
             LayerRun(shape, settings, machine, bar, say).measure_all(cells, table, result)
-    if result["stages"]:
-        print()
-        for line in report.stage_lines(result["stages"]):
-            print(line)
-    print(f"\n{report.LEGEND}")
+    print()
+    for line in report.overview_lines(result["cells"]):
+        print(line)
+    for line in report.stage_lines(result["stages"]):
+        print(line)
+    print(report.LEGEND)
 
 
 def memory_needed(cells: list[Cell], dtype: str) -> float:
-    """Bytes: weights, their gradients, the rows of one call (three copies), and room for the probe."""
-    shape, itemsize = cells[0].shape, np.dtype(dtype).itemsize
+    """Bytes: weights and perhaps gradients, rows of one call (three copies), the probe, and the check in float64."""
+    shape, itemsize = cells[0].shape, np.dtype(compute_dtype(dtype)).itemsize
     copies = 1 + any(cell.backward for cell in cells)
     rows = max(cell.tokens for cell in cells) * shape.top_k * (2 * shape.d_model + 3 * shape.d_ff)
-    return itemsize * (copies * shape.numbers + 3 * rows) + DRAM_SIZE / 2
+    hit = min(shape.num_experts, checked_tokens(shape) * shape.top_k)
+    checked = hit * shape.numbers_per_expert + shape.shared_numbers
+    return itemsize * (copies * shape.numbers + 3 * rows) + 8 * copies * checked + DRAM_SIZE / 2
 
 
 class LayerRun:
-    """All cells of one layer."""
+    """All cells of one layer: one contender after the other, so that only one holds a copy of the weights."""
 
     def __init__(
         self, shape: LayerShape, settings: Settings, machine: Machine, bar: Any, say: Callable[[str], None]
     ) -> None:
         self._shape, self._settings, self._machine, self._bar, self._say = shape, settings, machine, bar, say
-        self._layer = MoELayer(config=shape.config(settings.dtype), rng=0)
-        self._rng = np.random.default_rng(1)
-        self._errors: dict[str, dict[str, float]] = {passes: {} for passes in PASSES}
-        self._runners = self._prepared()
-
-    def _prepared(self) -> dict[str, Runner]:
-        """The contenders that can run this layer, each checked once against float64."""
-        runners: dict[str, Runner] = {}
-        x, dy = self._tokens(_CHECKED_TOKENS), self._tokens(_CHECKED_TOKENS)
-        indices, weights = make_routings("uniform", _CHECKED_TOKENS, self._shape, self._settings.dtype)[0]
-        for name, prepare in CONTENDERS.items():
-            try:
-                runners[name] = prepare(self._layer)
-            except ContenderUnavailableError as reason:
-                self._say(f"{self._shape.name}: no {name}: {reason}")
-                continue
-            for passes in self._settings.passes:
-                gradient = dy if passes == "forward+backward" else None
-                error = error_against_reference(runners[name], self._layer, x, indices, weights, gradient)
-                self._errors[passes][name] = error
-        return runners
-
-    def _tokens(self, count: int) -> Array:
-        return self._rng.standard_normal((count, self._shape.d_model)).astype(self._settings.dtype)
+        self._dtype = settings.dtype
+        self._layer = MoELayer(config=shape.config(self._dtype), rng=0)
+        if self._dtype == "bfloat16":
+            for value in self._layer.params.values():
+                value[...] = value.astype(DTYPES["bfloat16"])
+        self._samples: dict[Cell, Sample] = {}
+        self._gradient_errors: dict[str, float] = {}
 
     def measure_all(self, cells: list[Cell], table: report.Table, result: report.Row) -> None:
-        """Measures `cells`, prints a line each, and adds them to `result`."""
-        for i, cell in enumerate(cells):
-            self._bar.set_description(f"{cell.shape.name} {cell.passes} T={cell.tokens}")
-            row = self._measure(cell)
-            if i == 0:
-                worst = {name: max(self._errors[p].get(name, 0.0) for p in PASSES) for name in self._runners}
-                self._say(table.group(row, worst))
-            self._say(table.line(row))
-            result["cells"].append(row)
-            self._bar.update()
-        if "forward" in self._settings.passes:
-            for tokens in self._settings.tokens:
-                result["stages"].append(self._stages(tokens))
+        """Measures `cells`, prints them, and adds them to `result`."""
+        rows = [self._row(cell) for cell in cells]
+        result["cells"] += rows
+        for name, prepare in self._settings.contenders().items():
+            with self._refusal(name, result):
+                missing = self._missing_memory(name, cells)
+                if missing > 0:
+                    raise ContenderUnavailableError(
+                        f"{missing / 1e9:.1f} GB of memory are missing for {self._shape.name}"
+                    )
+                runner = prepare(self._task(cells))
+                try:
+                    for cell, row in zip(cells, rows, strict=True):
+                        self._bar.set_description(f"{cell.shape.name} {name} {cell.passes} T={cell.tokens}")
+                        with self._refusal(name, result, f" in {cell.passes}"):
+                            row["contenders"][name] = self._measure(name, runner, cell, row)
+                        self._bar.update()
+                finally:
+                    runner.close()
+                    del runner
+            gc.collect()
+        for line in table.layer_lines(rows):
+            self._say(line)
+        if "forward" in self._settings.passes and self._dtype != "bfloat16":
+            result["stages"] += [self._stages(tokens) for tokens in self._settings.tokens]
 
-    def _measure(self, cell: Cell) -> report.Row:
-        shape, machine, dtype = cell.shape, self._machine, self._settings.dtype
-        itemsize = np.dtype(dtype).itemsize
-        routings = make_routings(cell.routing, cell.tokens, shape, dtype)
-        work = cost(shape, routings, itemsize, backward=cell.backward)
-        x, dy = self._tokens(cell.tokens), self._tokens(cell.tokens)
-        contenders = {}
-        settle()
-        before = machine.bandwidth(work.working_set)
-        for name, runner in self._runners.items():
+    @contextmanager
+    def _refusal(self, name: str, result: report.Row, where: str = "") -> Iterator[None]:
+        """Prints why a contender cannot run, once; another library's errors are such a reason, ours are not."""
+        try:
+            yield
+            return
+        except ContenderUnavailableError as error:
+            reason = str(error)
+        except Exception as error:
+            if name in CONTENDERS and self._dtype != "bfloat16":
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
+        line = f"no {name}{where}: {reason}"
+        if line not in (known["line"] for known in result["unavailable"]):
+            self._say(line)
+        entry = {"layer": self._shape.name, "contender": name, "line": line}
+        if entry not in result["unavailable"]:
+            result["unavailable"].append(entry)
 
-            def call(i: int, runner: Runner = runner) -> object:
-                indices, weights = routings[i % len(routings)]
-                if cell.backward:
-                    return runner.forward_backward(x, indices, weights, dy)
-                return runner.forward(x, indices, weights)
+    def _missing_memory(self, name: str, cells: list[Cell]) -> float:
+        """Bytes that a contender's copies of the weights need beyond what is there."""
+        weights = DTYPES[self._dtype].itemsize * self._shape.numbers
+        gradients = 2.0 * weights * any(cell.backward for cell in cells)  # the contender's, and as the layer has them
+        return float(COPIES.get(name, 0) * weights + gradients - available_memory())
 
-            timing = measure(call, seconds=self._settings.seconds)
-            settle()
-            after = machine.bandwidth(work.working_set)
-            error = self._errors[cell.passes][name]
-            contenders[name] = judge(timing, work, machine, (before, after), error, dtype)
-            before = after
+    def _task(self, cells: list[Cell]) -> Task:
+        tokens = max(cell.tokens for cell in cells)
+        return Task(layer=self._layer, dtype=self._dtype, threads=self._settings.threads, tokens=max(tokens, 8))
+
+    def _inputs(self, cell: Cell) -> tuple[Array, Array | None, Routings]:
+        """The same x, dy and routings for everybody."""
+        rng = np.random.default_rng([1, cell.tokens])
+        x, dy = (rng.standard_normal((2, cell.tokens, self._shape.d_model))).astype(DTYPES[self._dtype])
+        return x, dy if cell.backward else None, make_routings(cell.routing, cell.tokens, self._shape, self._dtype)
+
+    def _row(self, cell: Cell) -> report.Row:
+        """The cell in the result, without contenders."""
+        shape, machine, itemsize = self._shape, self._machine, DTYPES[self._dtype].itemsize
+        work = cost(shape, self._inputs(cell)[2], itemsize, backward=cell.backward)
         return {
             "layer": shape.name,
             **{k: v for k, v in dataclasses.asdict(shape).items() if k != "name"},
             "weight_bytes": itemsize * shape.numbers,
-            "dtype": dtype,
+            "dtype": self._dtype,
             "threads": machine.threads,
             "passes": cell.passes,
             "tokens": cell.tokens,
@@ -212,13 +240,49 @@ class LayerRun:
             "rows_per_expert": cell.tokens * shape.top_k / work.experts_hit,
             **dataclasses.asdict(work),
             "peak": machine.peak,
-            "contenders": contenders,
+            "contenders": {},
         }
+
+    def _measure(self, name: str, runner: Runner, cell: Cell, row: report.Row) -> report.Row:
+        x, dy, routings = self._inputs(cell)
+        error = self._error(name, runner, cell)
+
+        def call(i: int) -> object:
+            indices, weights = routings[i % len(routings)]
+            if dy is not None:
+                return runner.forward_backward(x, indices, weights, dy)
+            return runner.forward(x, indices, weights)
+
+        runner.prepare(routings)
+        work = Cost(**{field.name: row[field.name] for field in dataclasses.fields(Cost)})
+        settle()
+        before = self._machine.bandwidth(work.working_set)
+        timing = measure(call, seconds=self._settings.seconds)
+        settle()
+        after = self._machine.bandwidth(work.working_set)
+        return judge(timing, work, self._machine, (before, after), error, self._dtype)
+
+    def _error(self, name: str, runner: Runner, cell: Cell) -> float:
+        """Of some rows of the cell's own call; for gradients also of a small call, with those of the weights."""
+        x, dy, routings = self._inputs(cell)
+        indices, weights = routings[0]
+        if cell not in self._samples:
+            count = checked_tokens(self._shape, cell.tokens)
+            self._samples[cell] = sample(self._layer, x, indices, weights, dy, count)
+        runner.prepare([(indices, weights)])
+        error = error_of_sample(runner, self._samples[cell], x, indices, weights, dy)
+        if not cell.backward:
+            return error
+        if name not in self._gradient_errors:
+            small = dataclasses.replace(cell, tokens=checked_tokens(self._shape), routing="uniform")
+            x, dy, routings = self._inputs(small)
+            self._gradient_errors[name] = error_against_reference(runner, self._layer, x, *routings[0], dy)
+        return max(error, self._gradient_errors[name])
 
     def _stages(self, tokens: int) -> report.Row:
         """The forward's steps one by one, on the layer's own router: where a regression sits."""
         params, config = self._layer.params, self._layer.config
-        x = self._tokens(tokens)
+        x = np.random.default_rng(1).standard_normal((tokens, self._shape.d_model)).astype(DTYPES[self._dtype])
         logits = numoe.router_logits(x, params["w_router"])
         routing = numoe.route(logits, config.router)
         plan = numoe.dispatch(routing, config.router)
@@ -238,7 +302,7 @@ class LayerRun:
         }
         seconds = self._settings.seconds / 4
         times = {name: dataclasses.asdict(measure(step, seconds=seconds)) for name, step in steps.items()}
-        return {"layer": self._shape.name, "tokens": tokens, "dtype": self._settings.dtype, **times}
+        return {"layer": self._shape.name, "tokens": tokens, "dtype": self._dtype, **times}
 
 
 def judge(
@@ -258,5 +322,5 @@ def judge(
         "target_share": best_of_target / timing.median,
         "drifted": bound == "memory" and drift > _DRIFT,
         "error": error,
-        "wrong": not error <= 1e4 * float(np.finfo(dtype).eps),
+        "wrong": is_wrong(error, dtype),
     }

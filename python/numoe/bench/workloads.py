@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +17,18 @@ from numoe.config import MoEConfig, SharedExpertConfig
 NUM_ROUTINGS = 8  # rotated from call to call: a routing that repeats measures the L3 cache, not memory
 
 Routings = list[tuple[npt.NDArray[np.int32], npt.NDArray[Any]]]  # indices (T, K), weights (T, K)
+
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def compute_dtype(dtype: str) -> str:
+    """In what is added up; also the dtype of the router's weights."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,7 @@ class LayerShape:
         )
 
     def config(self, dtype: str) -> MoEConfig:
-        """The layer's settings: softmax router, nothing dropped."""
+        """The layer's settings: softmax router, nothing dropped; float32 for bfloat16."""
         shared = None
         if self.shared_d_ff:
             shared = SharedExpertConfig(d_ff=self.shared_d_ff, form=self.form, activation=self.activation)
@@ -76,7 +89,7 @@ class LayerShape:
             activation=self.activation,
             bias=self.bias,
             shared=shared,
-            dtype=dtype,
+            dtype=compute_dtype(dtype),
         )
 
 
@@ -176,7 +189,7 @@ def make_routings(kind: str, tokens: int, shape: LayerShape, dtype: str, seed: i
     for _ in range(NUM_ROUTINGS):
         indices = np.ascontiguousarray(ROUTINGS[kind](rng, tokens, shape))
         weights = rng.random(indices.shape) + 0.1
-        result.append((indices, (weights / weights.sum(axis=1, keepdims=True)).astype(dtype)))
+        result.append((indices, (weights / weights.sum(axis=1, keepdims=True)).astype(compute_dtype(dtype))))
     return result
 
 
