@@ -106,17 +106,18 @@ class Forward : Pipeline<T> {
       T* h = pre + at_once * size;
       T* linear = glu ? h + at_once * size : nullptr;
       for (Index j = 0; j < panels; j += at_once) {
-        multiply_panels(x, pass, gate, j, at_once, Store::overwrite, pre);
-        if (glu) multiply_panels(x, pass, up, j, at_once, Store::overwrite, linear);
-        for (Index p = 0; p < at_once; ++p) {
+        const Index count = std::min(at_once, panels - j);
+        multiply_panels(x, pass, gate, j, count, Store::overwrite, pre);
+        if (glu) multiply_panels(x, pass, up, j, count, Store::overwrite, linear);
+        for (Index p = 0; p < count; ++p) {
           const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
           const MatrixView<T> first_sums{pre + p * size, height, valid, W_};
           finish(e, col + panel_col, first, first_sums, glu ? bias_.gate : bias_.up, glu ? cache.gate : cache.up);
           if (glu) finish(e, col + panel_col, first, {linear + p * size, height, valid, W_}, bias_.up, cache.up);
         }
         if (!hidden) continue;
-        kernel_.activate(options_.activation, at_once * size, pre, linear, h);
-        for (Index p = 0; p < at_once; ++p) {
+        kernel_.activate(options_.activation, count * size, pre, linear, h);
+        for (Index p = 0; p < count; ++p) {
           const Index panel_col = (j + p) * W_;
           store_hidden(x.tiles, pass, col + panel_col, std::min(W_, cols - panel_col), h + p * size, hidden);
         }
@@ -157,13 +158,15 @@ class Forward : Pipeline<T> {
 
   void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
     const auto down = matrices_.down(e, col, cols);
+    const Index panels = num_panels(cols, W_);
     for_passes(hidden.tiles, [&](TileRange pass) {
       const Index first = hidden.tiles.begin(pass.begin), height = hidden.tiles.begin(pass.end) - first;
       const Index at_once = down.panels_at_once(pass.count());
       T* sums = scratch<T, 1>(at_once * height * W_);
-      for (Index j = 0; j < num_panels(cols, W_); j += at_once) {
-        multiply_panels(hidden, pass, down, j, at_once, Store::overwrite, sums);
-        for (Index p = 0; p < at_once; ++p) {
+      for (Index j = 0; j < panels; j += at_once) {
+        const Index count = std::min(at_once, panels - j);
+        multiply_panels(hidden, pass, down, j, count, Store::overwrite, sums);
+        for (Index p = 0; p < count; ++p) {
           const Index panel_col = (j + p) * W_;
           add_to_result(e, first, col + panel_col, {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_},
                         result);

@@ -15,8 +15,6 @@
 namespace numoe {
 
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
-// Rows of a matrix may lie a power of two apart and then share few sets of a cache: fewer of them at a time stay there.
-constexpr Index row_major_depth = 128;
 
 // Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.
 template <class T>
@@ -53,7 +51,6 @@ struct NextBlock {
 template <class T, class S>
 class PackedPanels {
  public:
-  static constexpr Index depth_at_once = block_depth;
   PackedPanels(const S* data, Index step, const S* end) : data_(data), step_(step), end_(end) {}
 
   PanelBlock<T> block(Index j, Index k, Index depth, Index tiles) const {
@@ -88,45 +85,61 @@ class PackedPanels {
 
 // Columns [col, col + cols) of a row-major matrix.  S: its type; T: that of the arithmetic.
 //
-// For few tiles, packing would cost more than the product.  Then the matrix is read as it lies in memory, some rows at a
-// time through all columns, and the sums of all panels wait in c.
+// Memory is fast only along rows.  So some rows are walked through several panels before the next ones come, the sums of
+// these panels wait in c, and the tiles ask for the next rows in the order in which they lie in memory.  For few tiles
+// packing would cost more than the product: they read the matrix where it is.
 template <class T, class S>
 class RowMajor {
  public:
-  static constexpr Index depth_at_once = row_major_depth;
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
-  Index panels_at_once(Index tiles) const { return tiles <= 2 ? num_panels(cols_, W_) : 1; }
+  Index panels_at_once(Index tiles) const {
+    constexpr Index some = 8;
+    return few(tiles) ? num_panels(cols_, W_) : std::min(some, num_panels(cols_, W_));
+  }
 
-  void multiply_all(const PackedRows<T>& rows, TileRange range, Store store, T* c) const {
-    constexpr Index few = 32;
-    const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first;
-    for (Index k = 0; k < rows.depth; k += few) {
-      const Index depth = std::min(few, rows.depth - k);
-      for (Index j = 0; j < num_panels(cols_, W_); ++j) {
-        const auto [b, stride] = some_rows(j, k, depth);
+  // c (+)= rows · panels [j, j + count)
+  void multiply(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
+    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    const Index depth_at_once = few(range.count()) ? 16 : 128;
+    for (Index k = 0; k < rows.depth; k += depth_at_once) {
+      const Index depth = std::min(depth_at_once, rows.depth - k);
+      for (Index p = 0; p < count; ++p) {
+        const auto [b, stride] = some_rows(j + p, k, depth, range.count());
         for (Index i = range.begin; i < range.end; ++i) {
-          const Index rows_of_tile = rows.tiles.height(i);
-          T* target = c + (j * height + rows.tiles.begin(i) - first) * W_;
-          kernels<T>().tile(rows_of_tile, {depth,
-                                           rows.tile(i) + k * rows_of_tile,
-                                           b,
-                                           stride,
-                                           target,
-                                           W_,
-                                           k == 0 ? store : Store::accumulate,
-                                           1024,
-                                           {b, 0}});
+          const Index height = rows.tiles.height(i);
+          const Ahead ahead = few(range.count())
+                                  ? along_the_row(j + p, k)
+                                  : next_rows(j, count, k, depth, p * range.count() + i - range.begin, range.count());
+          kernels<T>().tile(height, {.depth = depth,
+                                     .a = rows.tile(i) + k * height,
+                                     .b = b,
+                                     .b_stride = stride,
+                                     .c = c + p * size + (rows.tiles.begin(i) - first) * W_,
+                                     .c_stride = W_,
+                                     .store = k == 0 ? store : Store::accumulate,
+                                     .near = few(range.count()) ? next_panel : one_cache_away,
+                                     .ahead = ahead});
         }
       }
     }
   }
 
-  PanelBlock<T> block(Index j, Index k, Index depth, Index) const {
-    T* panel = scratch<T, 0>(block_depth * W_);
+ private:
+  static constexpr Index next_panel = 128, one_cache_away = 1024;  // bytes
+  static bool few(Index tiles) { return tiles <= 2; }
+
+  struct Rows {
+    const T* b;
+    Index stride;
+  };
+  // Rows [k, k + depth) of panel j: in place, or packed where they pay for it or must be widened or padded.
+  Rows some_rows(Index j, Index k, Index depth, Index tiles) const {
     const Index valid = std::min(W_, cols_ - j * W_);
     const S* source = b_.row(k) + col_ + j * W_;
+    T* panel = scratch<T, 0>(depth * W_);
     if constexpr (std::is_same_v<S, T>) {
+      if (valid == W_ && few(tiles)) return {source, b_.stride};
       pack_panels(Operand<T>{source, b_.stride, 1}, depth, 0, valid, W_, panel);
     } else {
       for (Index i = 0; i < depth; ++i, source += b_.stride) {
@@ -134,31 +147,26 @@ class RowMajor {
         std::fill_n(panel + i * W_ + valid, W_ - valid, T(0));
       }
     }
-    return {panel, nullptr};
-  }
-  // Each tile asks for one line of every row.
-  NextBlock after(Index j, Index k, Index depth, Index) const {
-    constexpr Index line = 64;
-    const bool same_panel = k + depth < b_.rows;
-    const Index col = (same_panel ? j : j + 1) * W_, cols = std::min(W_, cols_ - col);
-    if (cols <= 0) return {b_.data};
-    const Index lines = (cols * static_cast<Index>(sizeof(S)) + line - 1) / line;
-    return {b_.row(same_panel ? k + depth : 0) + col_ + col, line, b_.stride * static_cast<Index>(sizeof(S)), lines};
+    return {panel, W_};
   }
 
- private:
-  struct Rows {
-    const T* b;
-    Index stride;
-  };
-  // Rows [k, k + depth) of panel j: in place, or in scratch where they must be widened or padded.
-  Rows some_rows(Index j, Index k, Index depth) const {
-    const bool whole = (j + 1) * W_ <= cols_;
-    if constexpr (std::is_same_v<S, T>) {
-      if (whole) return {b_.row(k) + col_ + j * W_, b_.stride};
-    }
-    return {block(j, k, depth, 1).wide, W_};
+  // For few tiles, which take a panel quickly: the same rows, some panels on.
+  Ahead along_the_row(Index j, Index k) const {
+    constexpr Index distance = 2048;  // bytes
+    return {reinterpret_cast<const char*>(b_.row(k) + col_ + j * W_) + distance, row_bytes()};
   }
+  // For many: call number `call` of `count` panels of `tiles` tiles each asks for its share of the next rows.
+  Ahead next_rows(Index j, Index count, Index k, Index depth, Index call, Index tiles) const {
+    constexpr Index line = 64;
+    const bool same_panels = k + depth < b_.rows;
+    const Index panel = same_panels ? j : j + count, row = same_panels ? k + depth : 0;
+    const Index cols = std::min(count * W_, cols_ - panel * W_), rows = std::min(depth, b_.rows - row);
+    const Index share = (rows + count * tiles - 1) / (count * tiles), begin = call * share;
+    if (cols <= 0 || begin >= rows) return {b_.data, 0};
+    const Index bytes = cols * static_cast<Index>(sizeof(S)), run = (bytes + line - 1) / line;
+    return {b_.row(row + begin) + col_ + panel * W_, line, run, row_bytes() - run * line};
+  }
+  Index row_bytes() const { return b_.stride * static_cast<Index>(sizeof(S)); }
 
   MatrixView<const S> b_;
   Index col_, cols_;
@@ -169,7 +177,6 @@ class RowMajor {
 template <class T, class S>
 class Transposed {
  public:
-  static constexpr Index depth_at_once = block_depth;
   Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   PanelBlock<T> block(Index j, Index k, Index depth, Index) const {
@@ -207,8 +214,8 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
   constexpr Index one_memory_away = 3072, one_cache_away = 1024;
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
-  for (Index k = 0; k < rows.depth; k += Source::depth_at_once) {
-    const Index depth = std::min(Source::depth_at_once, rows.depth - k);
+  for (Index k = 0; k < rows.depth; k += block_depth) {
+    const Index depth = std::min(block_depth, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
     const NextBlock next = source.after(j, k, depth, n);
     for (Index i = range.begin; i < range.end; ++i) {
@@ -235,12 +242,14 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
 template <class T, class Source>
 void multiply_panels(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Index count,
                      Store store, T* c) {
-  if constexpr (requires { &Source::multiply_all; }) {
-    if (source.panels_at_once(range.count()) > 1) return source.multiply_all(rows, range, store, c);
-  }
   const Index width = kernels<T>().tile_cols;
   const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
   for (Index p = 0; p < count; ++p) multiply_panel(rows, range, source, j + p, store, c + p * size, width);
+}
+template <class T, class S>
+void multiply_panels(const PackedRows<T>& rows, TileRange range, const RowMajor<T, S>& source, Index j, Index count,
+                     Store store, T* c) {
+  source.multiply(rows, range, j, count, store, c);
 }
 
 }  // namespace numoe

@@ -18,10 +18,12 @@ enum class Store {
   stream,      // overwrites past the caches: for results that nobody reads soon; c and c_stride in whole vectors
 };
 
-// Memory that a tile asks for while it computes, one cache line per k: what will be read after it.
+// Memory that a tile asks for while it computes, one address per k: what will be read after it.
 struct Ahead {
   const void* at = nullptr;
-  Index step = 0;  // bytes per k
+  Index step = 0;     // bytes further for each k
+  Index run = 65536;  // after so many k's ...
+  Index jump = 0;     // ... so many bytes further still: from the end of one row to the next
 };
 
 // c[r, j] (+)= Σ_k a[k, r] · b[k, j] for j < W, k ascending.

@@ -78,10 +78,13 @@ void tile_of_height(const TileArgs<T>& args) {
   const char* ahead = static_cast<const char*>(args.ahead.at);
   Accumulators<T, N, R> sums;
   sums.start(args.c, args.c_stride, args.store);
-  for (Index k = args.depth; k > 0; --k, a += R, b += stride, ahead += step) {
-    ask_near<2 * N * sizeof(T)>(b, near);
-    __builtin_prefetch(ahead, 0, 2);
-    sums.multiply_add(a, load<V>(b), load<V>(b + N));
+  for (Index left = args.depth; left > 0; left -= args.ahead.run, ahead += args.ahead.jump) {
+    const Index run = left < args.ahead.run ? left : args.ahead.run;
+    for (Index k = run; k > 0; --k, a += R, b += stride, ahead += step) {
+      ask_near<2 * N * sizeof(T)>(b, near);
+      __builtin_prefetch(ahead, 0, 2);
+      sums.multiply_add(a, load<V>(b), load<V>(b + N));
+    }
   }
   sums.finish(args.c, args.c_stride, args.store);
 }
