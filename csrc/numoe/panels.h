@@ -33,15 +33,13 @@ struct PanelBlock {
   const bfloat16* narrow = nullptr;
 };
 
-// What the tiles of a block ask for: tile i < tiles from at + i * per_tile on, `step` bytes further for each k.
+// What the tiles of a block ask for: tile i < tiles from begin + i * per_tile on, `per_k` bytes further for each k.
 struct NextBlock {
-  const void* at;
-  Index per_tile = 0, step = 0, tiles = 0;
+  const void* begin;
+  Index per_tile = 0, per_k = 0, tiles = 0;
 
-  Ahead of_tile(Index i) const {
-    if (i >= tiles) return {at, 0};
-    return {static_cast<const char*>(at) + i * per_tile, step};
-  }
+  const void* at(Index tile) const { return static_cast<const char*>(begin) + (tile < tiles ? tile * per_tile : 0); }
+  Index step(Index tile) const { return tile < tiles ? per_k : 0; }
 };
 
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
@@ -101,25 +99,23 @@ class RowMajor {
   // c (+)= rows · panels [j, j + count)
   void multiply(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
-    const Index depth_at_once = few(range.count()) ? 16 : 128;
+    const Index tiles = range.count(), depth_at_once = few(tiles) ? 16 : 128;
+    TileArgs<T> args{.c_stride = W_, .near = few(tiles) ? next_panel : one_cache_away};
     for (Index k = 0; k < rows.depth; k += depth_at_once) {
-      const Index depth = std::min(depth_at_once, rows.depth - k);
+      args.depth = std::min(depth_at_once, rows.depth - k);
+      args.store = k == 0 ? store : Store::accumulate;
       for (Index p = 0; p < count; ++p) {
-        const auto [b, stride] = some_rows(j + p, k, depth, range.count());
+        set_rows(args, j + p, k, tiles);
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
-          const Ahead ahead = few(range.count())
-                                  ? along_the_row(j + p, k)
-                                  : next_rows(j, count, k, depth, p * range.count() + i - range.begin, range.count());
-          kernels<T>().tile(height, {.depth = depth,
-                                     .a = rows.tile(i) + k * height,
-                                     .b = b,
-                                     .b_stride = stride,
-                                     .c = c + p * size + (rows.tiles.begin(i) - first) * W_,
-                                     .c_stride = W_,
-                                     .store = k == 0 ? store : Store::accumulate,
-                                     .near = few(range.count()) ? next_panel : one_cache_away,
-                                     .ahead = ahead});
+          args.a = rows.tile(i) + k * height;
+          args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
+          if (few(tiles)) {
+            ask_along_the_row(args.ahead, j + p, k);
+          } else {
+            ask_for_next_rows(args.ahead, j, count, k, args.depth, p * tiles + i - range.begin, tiles);
+          }
+          kernels<T>().tile(height, args);
         }
       }
     }
@@ -129,42 +125,48 @@ class RowMajor {
   static constexpr Index next_panel = 128, one_cache_away = 1024;  // bytes
   static bool few(Index tiles) { return tiles <= 2; }
 
-  struct Rows {
-    const T* b;
-    Index stride;
-  };
-  // Rows [k, k + depth) of panel j: in place, or packed where they pay for it or must be widened or padded.
-  Rows some_rows(Index j, Index k, Index depth, Index tiles) const {
+  // b = rows [k, k + depth) of panel j: in place, or packed where they pay for it or must be widened or padded.
+  void set_rows(TileArgs<T>& args, Index j, Index k, Index tiles) const {
     const Index valid = std::min(W_, cols_ - j * W_);
     const S* source = b_.row(k) + col_ + j * W_;
-    T* panel = scratch<T, 0>(depth * W_);
+    T* panel = scratch<T, 0>(args.depth * W_);
+    args.b = panel;
+    args.b_stride = W_;
     if constexpr (std::is_same_v<S, T>) {
-      if (valid == W_ && few(tiles)) return {source, b_.stride};
-      pack_panels(Operand<T>{source, b_.stride, 1}, depth, 0, valid, W_, panel);
+      if (valid < W_ || !few(tiles)) {
+        pack_panels(Operand<T>{source, b_.stride, 1}, args.depth, 0, valid, W_, panel);
+      } else {
+        args.b = source;
+        args.b_stride = b_.stride;
+      }
     } else {
-      for (Index i = 0; i < depth; ++i, source += b_.stride) {
+      for (Index i = 0; i < args.depth; ++i, source += b_.stride) {
         kernels<T>().widen(valid, source, panel + i * W_);
         std::fill_n(panel + i * W_ + valid, W_ - valid, T(0));
       }
     }
-    return {panel, W_};
   }
 
   // For few tiles, which take a panel quickly: the same rows, some panels on.
-  Ahead along_the_row(Index j, Index k) const {
+  void ask_along_the_row(Ahead& ahead, Index j, Index k) const {
     constexpr Index distance = 2048;  // bytes
-    return {reinterpret_cast<const char*>(b_.row(k) + col_ + j * W_) + distance, row_bytes()};
+    ahead.at = reinterpret_cast<const char*>(b_.row(k) + col_ + j * W_) + distance;
+    ahead.step = row_bytes();
   }
   // For many: call number `call` of `count` panels of `tiles` tiles each asks for its share of the next rows.
-  Ahead next_rows(Index j, Index count, Index k, Index depth, Index call, Index tiles) const {
+  void ask_for_next_rows(Ahead& ahead, Index j, Index count, Index k, Index depth, Index call, Index tiles) const {
     constexpr Index line = 64;
     const bool same_panels = k + depth < b_.rows;
     const Index panel = same_panels ? j : j + count, row = same_panels ? k + depth : 0;
     const Index cols = std::min(count * W_, cols_ - panel * W_), rows = std::min(depth, b_.rows - row);
     const Index share = (rows + count * tiles - 1) / (count * tiles), begin = call * share;
-    if (cols <= 0 || begin >= rows) return {b_.data, 0};
-    const Index bytes = cols * static_cast<Index>(sizeof(S)), run = (bytes + line - 1) / line;
-    return {b_.row(row + begin) + col_ + panel * W_, line, run, row_bytes() - run * line};
+    ahead.at = b_.data;
+    ahead.step = ahead.jump = 0;
+    if (cols <= 0 || begin >= rows) return;
+    ahead.at = b_.row(row + begin) + col_ + panel * W_;
+    ahead.step = line;
+    ahead.run = (cols * static_cast<Index>(sizeof(S)) + line - 1) / line;
+    ahead.jump = row_bytes() - ahead.run * line;
   }
   Index row_bytes() const { return b_.stride * static_cast<Index>(sizeof(S)); }
 
@@ -208,28 +210,41 @@ class Transposed {
 // ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 // c (+)= rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
+//
+// Arguments are changed field by field: a struct that is written in parts and copied as a whole would wait for every
+// store before it, streamed ones included.
 template <class T, class Source>
 void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Store store, T* c,
                     Index c_stride) {
   constexpr Index one_memory_away = 3072, one_cache_away = 1024;
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
+  TileArgs<T> wide{.c_stride = c_stride};
+  TileArgs<T, bfloat16> narrow{.c_stride = c_stride};
+  wide.b_stride = kernel.tile_cols;
+  wide.near = narrow.near = n == 1 ? one_memory_away : one_cache_away;
   for (Index k = 0; k < rows.depth; k += block_depth) {
     const Index depth = std::min(block_depth, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
     const NextBlock next = source.after(j, k, depth, n);
-    for (Index i = range.begin; i < range.end; ++i) {
-      const Index height = rows.tiles.height(i);
-      const T* a = rows.tile(i) + k * height;
-      T* target = c + (rows.tiles.begin(i) - first) * c_stride;
-      const Index near = n == 1 ? one_memory_away : one_cache_away;
-      const Ahead ahead = next.of_tile(i - range.begin);
-      const Store how = k == 0 ? store : Store::accumulate;
-      if (b.narrow) {
-        kernel.tile_bf16(height, {depth, a, b.narrow, 0, target, c_stride, how, near, ahead});
-      } else {
-        kernel.tile(height, {depth, a, b.wide, kernel.tile_cols, target, c_stride, how, near, ahead});
+    const auto multiply = [&](auto& args, auto tile) {
+      args.depth = depth;
+      args.store = k == 0 ? store : Store::accumulate;
+      for (Index i = range.begin; i < range.end; ++i) {
+        const Index height = rows.tiles.height(i);
+        args.a = rows.tile(i) + k * height;
+        args.c = c + (rows.tiles.begin(i) - first) * c_stride;
+        args.ahead.at = next.at(i - range.begin);
+        args.ahead.step = next.step(i - range.begin);
+        tile(height, args);
       }
+    };
+    if (b.narrow) {
+      narrow.b = b.narrow;
+      multiply(narrow, kernel.tile_bf16);
+    } else {
+      wide.b = b.wide;
+      multiply(wide, kernel.tile);
     }
   }
   if (rows.depth == 0 && store != Store::accumulate) {

@@ -29,12 +29,12 @@ struct Ahead {
 // c[r, j] (+)= Σ_k a[k, r] · b[k, j] for j < W, k ascending.
 template <class T, class B = T>
 struct TileArgs {
-  Index depth;
-  const T* a;      // packed [depth][rows]
-  const B* b;      // row k starts at b + k * b_stride
-  Index b_stride;  // W for a panel
-  T* c;            // row r starts at c + r * c_stride
-  Index c_stride;
+  Index depth = 0;
+  const T* a = nullptr;  // packed [depth][rows]
+  const B* b = nullptr;  // row k starts at b + k * b_stride
+  Index b_stride = 0;    // W for a panel
+  T* c = nullptr;        // row r starts at c + r * c_stride
+  Index c_stride = 0;
   Store store = Store::overwrite;
   Index near = 1024;  // how many bytes further b is asked for
   Ahead ahead = {};
