@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "numoe/view.h"
+
 namespace numoe {
 namespace {
 
@@ -79,6 +81,61 @@ inline void stream_end() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();
 #endif
+}
+
+// Calls f(position, count) for whole vectors and once for the tail.
+template <int N, class F>
+inline void for_lanes(Index n, F f) {
+  Index i = 0;
+  for (; i + N <= n; i += N) f(i, N);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+template <class T, int N>
+inline Lanes<T, N> load_some(const T* p, int count) {
+  if (count == N) return load<Lanes<T, N>>(p);
+  Lanes<T, N> v{};
+  __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
+  return v;
+}
+template <class T, int N>
+inline void store_some(T* p, Lanes<T, N> v, int count) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// f over all lanes, pairwise: halves, quarters, ... - one fixed order.  f takes vectors and numbers alike.
+template <class T, int N, class F>
+inline T fold(Lanes<T, N> v, F f) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Lanes<T, N / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<T, N / 2>(f(low, high), f);
+  }
+}
+template <class T, int N>
+inline T sum_of(Lanes<T, N> v) {
+  return fold<T, N>(v, [](auto a, auto b) { return a + b; });
+}
+template <class T, int N>
+inline T max_of(Lanes<T, N> v) {
+  return fold<T, N>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// 0, 1, 2, ...
+template <class I, int N>
+inline Lanes<I, N> lane_numbers() {
+  Lanes<I, N> numbers;
+  for (int i = 0; i < N; ++i) numbers[i] = i;
+  return numbers;
+}
+// Bit i is set where lane i of a comparison is true.
+template <class I, int N>
+inline unsigned lane_bits(Lanes<I, N> truth) {
+  const Lanes<I, N> bit = (Lanes<I, N>{} + I(1)) << lane_numbers<I, N>();
+  return static_cast<unsigned>(fold<I, N>(truth & bit, [](auto a, auto b) { return a | b; }));
 }
 
 template <class To, class From>
