@@ -113,7 +113,7 @@ void count_assignments(MatrixView<const std::int32_t> indices, MatrixView<const 
       if (expert < -1 || expert >= num_experts) {
         throw std::out_of_range(
             "indices[" + std::to_string(t) + ", " + std::to_string(k) + "] = " + std::to_string(expert) +
-            " is out of range for num_experts = " + std::to_string(num_experts) + " (-1 means not routed)");
+            " is out of range for num_experts = " + std::to_string(num_experts) + " (-1 means not routed).");
       }
       if (expert >= 0 && is_kept(kept, t, k)) ++counts[static_cast<std::size_t>(expert)];
     }

@@ -34,6 +34,7 @@ class PackedLayer {
 
   Index d_model() const { return routed_.experts.d_model(); }
   Index num_experts() const { return routed_.experts.num_experts(); }
+  Index top_k() const { return router_.top_k; }
   Index bytes() const;
   const PackedBranch<S>& routed() const { return routed_; }
 

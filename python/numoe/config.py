@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 from collections.abc import Mapping
@@ -422,6 +423,10 @@ class MoEConfig(_Checked):
         >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1).param_shapes()
         {'w_router': (4, 2), 'w_gate': (2, 4, 8), 'w_up': (2, 4, 8), 'w_down': (2, 8, 4)}
         """
+        return dict(self._param_shapes)
+
+    @functools.cached_property
+    def _param_shapes(self) -> dict[str, tuple[int, ...]]:
         D, E, F = self.d_model, self.router.num_experts, self.experts.d_ff
         shapes: dict[str, tuple[int, ...]] = {"w_router": (D, E)}
         if self.router.linear_bias:

@@ -131,13 +131,6 @@ inline Lanes<I, N> lane_numbers() {
   for (int i = 0; i < N; ++i) numbers[i] = i;
   return numbers;
 }
-// Bit i is set where lane i of a comparison is true.
-template <class I, int N>
-inline unsigned lane_bits(Lanes<I, N> truth) {
-  const Lanes<I, N> bit = (Lanes<I, N>{} + I(1)) << lane_numbers<I, N>();
-  return static_cast<unsigned>(fold<I, N>(truth & bit, [](auto a, auto b) { return a | b; }));
-}
-
 template <class To, class From>
 inline To reinterpret(From v) {
   static_assert(sizeof(To) == sizeof(From));
@@ -146,11 +139,39 @@ inline To reinterpret(From v) {
   return w;
 }
 
+// Bit i is set where lane i of a comparison is true.
+template <class I, int N>
+inline unsigned lane_bits(Lanes<I, N> truth) {
+  [[maybe_unused]] constexpr bool narrow = sizeof(I) == 4;
+#ifdef __AVX512DQ__
+  if constexpr (sizeof truth == 64 && narrow) return __builtin_ia32_cvtd2mask512(reinterpret<Lanes<int, 16>>(truth));
+  if constexpr (sizeof truth == 64) return __builtin_ia32_cvtq2mask512(reinterpret<Lanes<long long, 8>>(truth));
+#endif
+#ifdef __AVX__
+  if constexpr (sizeof truth == 32 && narrow) {
+    return static_cast<unsigned>(__builtin_ia32_movmskps256(reinterpret<Lanes<float, 8>>(truth)));
+  }
+  if constexpr (sizeof truth == 32) {
+    return static_cast<unsigned>(__builtin_ia32_movmskpd256(reinterpret<Lanes<double, 4>>(truth)));
+  }
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof truth == 16 && narrow) {
+    return static_cast<unsigned>(__builtin_ia32_movmskps(reinterpret<Lanes<float, 4>>(truth)));
+  }
+  if constexpr (sizeof truth == 16) {
+    return static_cast<unsigned>(__builtin_ia32_movmskpd(reinterpret<Lanes<double, 2>>(truth)));
+  }
+#endif
+  const Lanes<I, N> bit = (Lanes<I, N>{} + I(1)) << lane_numbers<I, N>();
+  return static_cast<unsigned>(fold<I, N>(truth & bit, [](auto x, auto y) { return x | y; }));
+}
+
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
 // eˣ to about 1 ulp; 0 below exp_min (results there would be subnormal), inf above exp_max, NaN for NaN.
 template <class T, int N>
-inline Lanes<T, N> exp(Lanes<T, N> x) {
+[[gnu::always_inline]] inline Lanes<T, N> exp(Lanes<T, N> x) {
   using F = Float<T>;
   using V = Lanes<T, N>;
   using I = Lanes<typename F::Int, N>;

@@ -7,66 +7,88 @@
 namespace numoe {
 namespace {
 
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;  // b if one is NaN
+}
+template <class T>
+constexpr T minus_infinity = static_cast<T>(-__builtin_inf());
+
 // ── the k largest ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 // Floats as integers of the same order, with -0 = +0 and NaN below everything: a total order for any bit pattern, in any
-// floating-point mode.  `nothing` is below the keys of all values.
+// floating-point mode.
 template <class T, int N>
-struct OrderKeys {
+inline Lanes<typename Float<T>::Int, N> order_keys(Lanes<T, N> values) {
   using Int = typename Float<T>::Int;
   using I = Lanes<Int, N>;
-  static constexpr Int nothing = sizeof(Int) == 4 ? Int{INT32_MIN} : static_cast<Int>(INT64_MIN);
-  static constexpr Int nan = nothing + 1;
+  constexpr int top = 8 * sizeof(Int) - 1;
+  constexpr Int lowest = static_cast<Int>(Int{1} << (top - 1)) * -2;
+  const I bits = reinterpret<I>(values), sign = bits >> top, magnitude = bits & ~lowest;
+  return values == values ? (magnitude ^ sign) - sign : I{} + lowest;
+}
 
-  static I of(Lanes<T, N> values) {
-    constexpr Int infinity = ((Int{1} << (8 * sizeof(Int) - 1 - Float<T>::mantissa_bits)) - 1)
-                             << Float<T>::mantissa_bits;
-    const I bits = reinterpret<I>(values);
-    const I magnitude = bits & ~nothing;
-    const I key = bits < 0 ? -magnitude : magnitude;
-    return magnitude > infinity ? I{} + nan : key;
-  }
-  // The keys of `count` values, then `nothing`.
-  static I some(const T* values, int count) {
-    const I keys = of(load_some<T, N>(values, count));
-    return lane_numbers<Int, N>() < count ? keys : I{} + nothing;
-  }
-};
+// The least number above `value`: -inf for NaN, NaN for inf.
+template <class T>
+inline T next_above(T value) {
+  using Int = typename Float<T>::Int;
+  if (value != value) return minus_infinity<T>;
+  const Int bits = reinterpret<Int>(value == 0 ? T(0) : value);  // +0 for -0
+  return reinterpret<T>(static_cast<Int>(bits < 0 ? bits - 1 : bits + 1));
+}
 
-// A few keys with their positions, sorted on demand.
+// A few values with their positions, ranked on demand.
 template <class T, int N>
 struct Candidates {
   using Int = typename Float<T>::Int;
   using I = Lanes<Int, N>;
   static constexpr int capacity = 2 * max_top_k;  // a multiple of N
 
-  Int key[capacity];
-  Int position[capacity];
+  T value[capacity];
+  std::int32_t position[capacity];
   int count = 0;
 
-  void add(Int new_key, Int new_position) {
-    key[count] = new_key;
-    position[count++] = new_position;
-  }
-
-  // By (key descending, place ascending): a key's rank is the number of keys before it.  O(count² / N), no branch
-  // depends on a key.
-  void sort() {
-    Int rank[capacity], sorted_key[capacity], sorted_position[capacity];
-    for (int i = count; i % N != 0; ++i) key[i] = 0;  // ranked, never looked at
+  // rank[i] = how many stand before i by (value descending, place ascending).  O(count² / N); no branch depends on a
+  // value.
+  void rank_all(Int* rank) {
+    Int key[capacity];
+    for (int i = count; i % N != 0; ++i) value[i] = 0;  // ranked, never looked at
+    for (int i = 0; i < count; i += N) store(key + i, order_keys<T, N>(load<Lanes<T, N>>(value + i)));
     for (int i = 0; i < count; i += N) {
       const I mine = load<I>(key + i), place = lane_numbers<Int, N>() + i;
       I before{};
-      // other > mine, or other == mine at an earlier place
-      for (int j = 0; j < count; ++j) before -= key[j] > mine + (place > j);
+      for (int j = 0; j < count; ++j) before -= (key[j] > mine) | ((key[j] == mine) & (place > j));
       store(rank + i, before);
     }
+  }
+
+  T value_of_rank(Index wanted) {
+    Int rank[capacity];
+    rank_all(rank);
+    int i = 0;
+    while (rank[i] != wanted) ++i;
+    return value[i];
+  }
+
+  void positions_in_order(Index n, std::int32_t* best) {
+    Int rank[capacity];
+    std::int32_t sorted[capacity];
+    rank_all(rank);
+    for (int i = 0; i < count; ++i) sorted[rank[i]] = position[i];
+    for (Index i = 0; i < n; ++i) best[i] = sorted[i];
+  }
+
+  // Keeps the n best, in their order.
+  void keep(Index n) {
+    Int rank[capacity];
+    rank_all(rank);
+    const Candidates all = *this;
     for (int i = 0; i < count; ++i) {
-      sorted_key[rank[i]] = key[i];
-      sorted_position[rank[i]] = position[i];
+      if (rank[i] >= n) continue;
+      value[rank[i]] = all.value[i];
+      position[rank[i]] = all.position[i];
     }
-    __builtin_memcpy(key, sorted_key, static_cast<std::size_t>(count) * sizeof(Int));
-    __builtin_memcpy(position, sorted_position, static_cast<std::size_t>(count) * sizeof(Int));
+    count = static_cast<int>(n);
   }
 };
 
@@ -80,57 +102,57 @@ class TopK {
     } else {
       take_from(n, k, values, floor_of_best(n, k, values), found);
     }
-    found.sort();
-    for (Index i = 0; i < k; ++i) best[i] = static_cast<std::int32_t>(found.position[i]);
+    found.positions_in_order(k, best);
   }
 
  private:
-  using Keys = OrderKeys<T, N>;
-  using Int = typename Keys::Int;
-  using I = typename Keys::I;
+  using V = Lanes<T, N>;
+  using Int = typename Float<T>::Int;
 
   static void take_all(Index n, const T* values, Candidates<T, N>& found) {
-    for_lanes<N>(n, [&](Index i, int count) {
-      store(found.key + i, Keys::of(load_some<T, N>(values + i, count)));
-      store(found.position + i, lane_numbers<Int, N>() + static_cast<Int>(i));
-    });
+    for (Index i = 0; i < n; ++i) {
+      found.value[i] = values[i];
+      found.position[i] = static_cast<std::int32_t>(i);
+    }
     found.count = static_cast<int>(n);
   }
 
-  // A key that at least k values reach, and not many more: the k-th largest of the maxima of 5/4 k columns or more.
-  static Int floor_of_best(Index n, Index k, const T* values) {
+  // A number that at least k values reach, and not many more: the k-th largest of the maxima of 5/4 k columns or more.
+  // -inf if there is none above.
+  static T floor_of_best(Index n, Index k, const T* values) {
     const Index columns = 5 * k / (4 * N) + 1, whole = n / N;  // of N lanes each
     Candidates<T, N> maxima;
     for (Index column = 0; column < columns; ++column) {
-      I most = I{} + Keys::nan;
-      for (Index i = column; i < whole; i += columns) {
-        const I keys = Keys::of(load<Lanes<T, N>>(values + i * N));
-        most = keys > most ? keys : most;
-      }
-      store(maxima.key + column * N, most);
-      store(maxima.position + column * N, I{});
+      V most = V{} + minus_infinity<T>;
+      for (Index i = column; i < whole; i += columns) most = larger(load<V>(values + i * N), most);
+      store(maxima.value + column * N, most);
     }
     maxima.count = static_cast<int>(columns * N);
-    maxima.sort();
-    return maxima.key[k - 1];
+    return maxima.value_of_rank(k - 1);
   }
 
-  // All values whose keys reach `floor`, or the k best of them so far whenever there are too many.
-  static void take_from(Index n, Index k, const T* values, Int floor, Candidates<T, N>& found) {
-    for_lanes<N>(n, [&](Index i, int count) {
-      const I keys = Keys::some(values + i, count);
-      unsigned reached = lane_bits<Int, N>(keys >= floor);
-      if (reached == 0) return;
-      Int key[N];
-      store(key, keys);
-      for (; reached != 0; reached &= reached - 1) {
-        const int lane = __builtin_ctz(reached);
-        found.add(key[lane], static_cast<Int>(i + lane));
+  // All values that reach `floor`, or the k best of them so far whenever there are too many.  Where the floating-point
+  // mode takes subnormal numbers for 0, a few more: the ranks are exact in any mode.
+  static void take_from(Index n, Index k, const T* values, T floor, Candidates<T, N>& found) {
+    constexpr int block = 64;  // values with one bit each in `reached`
+    bool all = !(floor > minus_infinity<T>);
+    for_lanes<block>(n, [&](Index begin, int left) {
+      std::uint64_t reached = 0;
+      for (int i = 0; i < left; i += N) {
+        const V v = load_some<T, N>(values + begin + i, left - i < N ? left - i : N);
+        reached |= static_cast<std::uint64_t>(lane_bits<Int, N>(v >= floor)) << i;
       }
-      if (found.count + N <= Candidates<T, N>::capacity) return;
-      found.sort();
-      found.count = static_cast<int>(k);
-      floor = found.key[k - 1] + 1;  // a later equal loses to an earlier one
+      if (all) reached = ~std::uint64_t{0};
+      if (left < block) reached &= (std::uint64_t{1} << left) - 1;
+      for (; reached != 0; reached &= reached - 1) {
+        const Index i = begin + __builtin_ctzll(reached);
+        found.value[found.count] = values[i];
+        found.position[found.count++] = static_cast<std::int32_t>(i);
+      }
+      if (found.count + block <= Candidates<T, N>::capacity) return;
+      found.keep(k);
+      floor = next_above(found.value[k - 1]);  // a later equal loses to an earlier one
+      all = false;
     });
   }
 };
@@ -142,16 +164,11 @@ inline Lanes<T, N> first_lanes(Lanes<T, N> v, int count, T otherwise) {
   return lane_numbers<typename Float<T>::Int, N>() < count ? v : Lanes<T, N>{} + otherwise;
 }
 
-template <class V>
-inline V larger(V a, V b) {
-  return a > b ? a : b;  // b if one is NaN
-}
-
 template <class T, int N>
 void two_largest(Index n, const T* values, T* two) {
   using V = Lanes<T, N>;
   using Int = typename Float<T>::Int;
-  const T lowest = static_cast<T>(-__builtin_inf());
+  constexpr T lowest = minus_infinity<T>;
   V first = V{} + lowest, second = first;  // lane by lane
   Lanes<Int, N> nan{};
   for_lanes<N>(n, [&](Index i, int count) {
@@ -166,27 +183,42 @@ void two_largest(Index n, const T* values, T* two) {
   if (lane_bits<Int, N>(nan)) two[0] = two[1] = static_cast<T>(__builtin_nan(""));
 }
 
+// e^(z - max), where z = max counts as e⁰ even if infinite.
+template <class T, int N>
+inline Lanes<T, N> exp_below(Lanes<T, N> z, T max) {
+  return z == max ? Lanes<T, N>{} + T(1) : exp<T, N>(z - max);
+}
+
+template <class T, int N>
+inline Lanes<T, N> share(Lanes<T, N> power, T sum, T max) {
+  const bool empty = max == minus_infinity<T> && sum == sum;  // nothing but -inf
+  return empty ? Lanes<T, N>{} : power / sum;
+}
+
 template <class T, int N>
 void softmax(Index n, const T* z, T* p) {
   using V = Lanes<T, N>;
-  const T lowest = static_cast<T>(-__builtin_inf());
-  V most = V{} + lowest;
+  if (n <= N) {  // the K chosen: the same sums, without a detour through memory
+    const int count = static_cast<int>(n);
+    const V v = load_some<T, N>(z, count);
+    const T max = max_of<T, N>(larger(first_lanes<T, N>(v, count, minus_infinity<T>), V{} + minus_infinity<T>));
+    const V power = exp_below<T, N>(v, max);
+    const T sum = sum_of<T, N>(first_lanes<T, N>(power, count, T(0)));
+    return store_some<T, N>(p, share<T, N>(power, sum, max), count);
+  }
+  V most = V{} + minus_infinity<T>, sums{};
   for_lanes<N>(n, [&](Index i, int count) {
-    const V v = first_lanes<T, N>(load_some<T, N>(z + i, count), count, lowest);
-    most = larger(v, most);
+    most = larger(first_lanes<T, N>(load_some<T, N>(z + i, count), count, minus_infinity<T>), most);
   });
   const T max = max_of<T, N>(most);
-  V sums{};
   for_lanes<N>(n, [&](Index i, int count) {
-    const V v = load_some<T, N>(z + i, count);
-    const V power = v == max ? V{} + T(1) : exp<T, N>(v - max);
+    const V power = exp_below<T, N>(load_some<T, N>(z + i, count), max);
     sums += first_lanes<T, N>(power, count, T(0));
     store_some<T, N>(p + i, power, count);
   });
   const T sum = sum_of<T, N>(sums);
-  const bool empty = max == lowest && sum == sum;
   for_lanes<N>(n, [=](Index i, int count) {
-    store_some<T, N>(p + i, empty ? V{} : load_some<T, N>(p + i, count) / sum, count);
+    store_some<T, N>(p + i, share<T, N>(load_some<T, N>(p + i, count), sum, max), count);
   });
 }
 
