@@ -17,6 +17,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "bindings/gil.h"
 #include "numoe/view.h"
@@ -116,14 +117,18 @@ class Dims {
 
   template <class T>
   Output<T> empty(const char* letters) const {
-    py::ssize_t shape[max_axes] = {};
-    int axes = 0;
-    for_letters(letters, [&](std::string_view letter) { shape[axes++] = (*this)[letter]; });
-    return {py::array_t<T>(py::array::ShapeContainer(shape, shape + axes))};
+    return {py::array_t<T>(shape(letters))};
+  }
+
+  std::vector<py::ssize_t> shape(const char* letters) const {
+    std::vector<py::ssize_t> sizes;
+    sizes.reserve(4);
+    for_letters(letters, [&](std::string_view letter) { sizes.push_back((*this)[letter]); });
+    return sizes;
   }
 
  private:
-  static constexpr int max_axes = 4, max_letters = 16;
+  static constexpr int max_letters = 16;
   struct Entry {
     std::string_view letter;
     Index size = 0;

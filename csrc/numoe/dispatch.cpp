@@ -94,7 +94,7 @@ class Admission {
   std::vector<Index> free_;  // (E,)
 };
 
-[[noreturn, gnu::noinline, gnu::cold]] void throw_out_of_range(Index t, Index k, Index expert, Index num_experts) {
+[[noreturn]] void throw_out_of_range(Index t, Index k, Index expert, Index num_experts) {
   throw std::out_of_range("indices[" + std::to_string(t) + ", " + std::to_string(k) + "] = " + std::to_string(expert) +
                           " is out of range for num_experts = " + std::to_string(num_experts) +
                           " (-1 means not routed).");

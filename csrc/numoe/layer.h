@@ -42,6 +42,7 @@ class PackedLayer {
   void forward(MatrixView<const T> x, MatrixView<T> y) const;
 
  private:
+  void route_tokens(MatrixView<const T> x, MatrixView<std::int32_t> indices, MatrixView<T> weights) const;
   void add_shared(MatrixView<const T> x, MatrixView<T> y) const;
 
   std::vector<T> router_panels_, b_router_, choice_bias_, shared_score_;

@@ -296,20 +296,29 @@ void add_router_bias(std::span<const T> b_router, MatrixView<T> logits) {
 }
 
 template <class T>
+void route_serial(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
+                  const RouterOptions& options, Index first_token, MatrixView<std::int32_t> indices,
+                  MatrixView<T> weights) {
+  TokenRouter<T> router(logits.cols, choice_bias, options);
+  for (Index t = 0; t < logits.rows; ++t) {
+    if (!mask.empty() && !mask[static_cast<std::size_t>(t)]) {
+      std::fill_n(indices.row(t), options.top_k, -1);
+      std::fill_n(weights.row(t), options.top_k, T(0));
+      continue;
+    }
+    check_some_expert(logits.row(t), logits.cols, first_token + t);
+    router.choose(logits.row(t), indices.row(t));
+    router.weigh(logits.row(t), indices.row(t), weights.row(t));
+  }
+}
+
+template <class T>
 void route(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
            const RouterOptions& options, MatrixView<std::int32_t> indices, MatrixView<T> weights) {
   parallel_ranges(logits.rows, tokens_per_task(logits.cols), [&](Index begin, Index end) {
-    TokenRouter<T> router(logits.cols, choice_bias, options);
-    for (Index t = begin; t < end; ++t) {
-      if (!mask.empty() && !mask[static_cast<std::size_t>(t)]) {
-        std::fill_n(indices.row(t), options.top_k, -1);
-        std::fill_n(weights.row(t), options.top_k, T(0));
-        continue;
-      }
-      check_some_expert(logits.row(t), logits.cols, t);
-      router.choose(logits.row(t), indices.row(t));
-      router.weigh(logits.row(t), indices.row(t), weights.row(t));
-    }
+    const auto of_task = mask.empty() ? mask : mask.subspan(static_cast<std::size_t>(begin));
+    route_serial(logits.row_range(begin, end), choice_bias, of_task, options, begin, indices.row_range(begin, end),
+                 weights.row_range(begin, end));
   });
 }
 
@@ -328,10 +337,12 @@ void route_backward(MatrixView<const T> logits, MatrixView<const std::int32_t> i
   });
 }
 
-#define NUMOE_INSTANTIATE(T)                                                                                \
-  template void route(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&, \
-                      MatrixView<std::int32_t>, MatrixView<T>);                                             \
-  template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,    \
+#define NUMOE_INSTANTIATE(T)                                                                                       \
+  template void route(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&,        \
+                      MatrixView<std::int32_t>, MatrixView<T>);                                                    \
+  template void route_serial(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&, \
+                             Index, MatrixView<std::int32_t>, MatrixView<T>);                                      \
+  template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,           \
                                const RouterOptions&, MatrixView<T>);
 template void add_router_bias(std::span<const float>, MatrixView<float>);
 template void add_router_bias(std::span<const double>, MatrixView<double>);

@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from numoe import checkpoint, losses
 from numoe._arrays import (
-    FLOAT32,
-    FLOAT64,
     BoolArray,
     FloatArray,
     IntArray,
@@ -33,7 +31,7 @@ from numoe._steps import (
     run,
     run_shared,
 )
-from numoe.config import MoEConfig, checked_real
+from numoe.config import DTYPES, MoEConfig, checked_real
 from numoe.packed import PackedMoELayer
 from numoe.routing import (
     Dispatch,
@@ -47,6 +45,8 @@ from numoe.routing import (
     router_logits,
     router_logits_backward,
 )
+
+_DTYPES = {name: np.dtype(name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class MoELayer:
     @property
     def dtype(self) -> np.dtype[Any]:
         """float32 or float64, of parameters and results."""
-        return FLOAT64 if self._config.dtype == "float64" else FLOAT32
+        return _DTYPES[self._config.dtype]
 
     @property
     def num_params(self) -> int:

@@ -92,7 +92,7 @@ struct Kernels {
   // y[token[r]] += weight[r] * sums[r] for r < rows in order; rows of n numbers; weight == nullptr: 1.
   void (*add_rows)(Index rows, Index n, const T* weight, const T* sums, Index sums_stride, const std::int32_t* token,
                    T* y, Index y_stride);
-  T (*dot)(Index n, const T* a, const T* b);         // Σ a·b in a fixed order
+  T (*dot)(Index n, const T* a, const T* b);  // Σ a·b in a fixed order
 
   RoutingKernels<T> routing;
 };
