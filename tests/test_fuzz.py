@@ -69,6 +69,8 @@ def valid_calls() -> dict[str, list[Any]]:
         "PackedLayerFloat32": [layer.params, None, chosen, options, None, options],
         "PackedLayerFloat64": [double, np.ones(E), chosen, options, double | {"score": np.ones(D)}, options],
         "PackedLayerBfloat16": [layer.params, w[0], chosen, options, layer.params, options],
+        "PackedLayerFloat32.forward": [X],
+        "PackedLayerFloat32.forward_ready": [X],
         "PackedLayerFloat32.experts": [X, *order, K, WEIGHTS],
         "RouterOptions": router,
         "ExpertOptions": ["silu", "output"],
@@ -82,8 +84,8 @@ def router_options(*values: Any) -> Any:
     return _core.RouterOptions(**dict(zip(names, values, strict=True)))
 
 
-def packed_experts(*values: Any) -> Any:
-    return _core.PackedLayerFloat32(*valid_calls()["PackedLayerFloat32"]).experts(*values)
+def packed_layer() -> Any:
+    return _core.PackedLayerFloat32(*valid_calls()["PackedLayerFloat32"])
 
 
 # What is more than one call: objects that were accepted are then used.
@@ -91,9 +93,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "RouterOptions": lambda *values: _core.route(LOGITS, router_options(*values), None, None),
     "ExpertOptions": lambda act, on: _core.ExpertOptions(activation=act, weight_on=on),
     "PackedLayerFloat32": lambda *values: _core.PackedLayerFloat32(*values).forward(X),
+    "PackedLayerFloat32.forward": lambda x: packed_layer().forward(x),
+    "PackedLayerFloat32.forward_ready": lambda x: packed_layer().forward_ready(x),
     "PackedLayerFloat64": lambda *values: _core.PackedLayerFloat64(*values).forward(X.astype(np.float64)),
     "PackedLayerBfloat16": lambda *values: _core.PackedLayerBfloat16(*values).forward(X),
-    "PackedLayerFloat32.experts": packed_experts,
+    "PackedLayerFloat32.experts": lambda *values: packed_layer().experts(*values),
 }
 SAFE = {"num_threads", "available_cpus", "target", "targets", "build_info", "peak_probes"}  # take no arguments
 SLOW = {"probe_peak"}  # runs as long as it is told

@@ -95,6 +95,35 @@ def test_wrong_routings_are_explained(indices, weights, error, match):
         packed.forward_routed(tokens(1, "float32"), indices, weights)
 
 
+def test_arrays_of_every_kind_give_the_same_numbers():
+    """Ready arrays go straight to the core, others are converted first."""
+    packed, x = make("softmax", "glu", True, None).pack(), tokens(6, "float32")
+    y = packed(x)
+    swapped = x.astype(">f4")
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    unaligned = np.frombuffer(b"x" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    for same in (x.T.copy().T, x.astype(np.float64), swapped, read_only, unaligned, x[::-1].copy()[::-1]):
+        assert_bitwise_equal(packed(same), y)
+    assert_bitwise_equal(packed(x[0]), y[0])
+    assert packed(x[:0]).shape == (0, D) and packed(x.reshape(3, 1, 2, D)).shape == (3, 1, 2, D)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (np.float32(1), ValueError, r"x must have shape \(..., d_model\)"),
+        (np.ones((2, D), np.int32), TypeError, "x has dtype int32"),
+        (np.ma.ones((2, D), np.float32), TypeError, "x is a masked array"),
+        (None, TypeError, "x must be an array of numbers"),
+    ],
+)
+def test_what_is_no_array_of_tokens_is_said(x, error, match):
+    packed = make("softmax", "glu", False, None).pack()
+    with pytest.raises(error, match=match):
+        packed(x)
+
+
 def test_memory_is_that_of_the_weights():
     layer = numoe.MoELayer(d_model=128, d_ff=256, num_experts=4, top_k=2, rng=0)
     weights = sum(value.nbytes for value in layer.params.values())

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numoe
@@ -89,6 +94,121 @@ def test_groups_and_choice_bias(score: str, group_score: str, seed: int, biased:
     for t, chosen in enumerate(best(groups.round(12), kept)):
         allowed[t] = np.isin(np.arange(12) // 3, chosen)
     assert np.array_equal(routing.indices, best(np.where(allowed, keys.round(12), -np.inf), 3))
+
+
+# ── every number of experts and of choices
+
+
+def hard_rows(E: int, dtype: Any) -> np.ndarray:
+    """Logits (T, E) of every kind that a selection may stumble over: equal, ordered, special, without order."""
+    rng = np.random.default_rng(E)
+    bits = np.uint32 if dtype == np.float32 else np.uint64
+    random_bits = rng.integers(0, np.iinfo(bits).max, (4, E), bits, endpoint=True).view(dtype)
+    info, place = np.finfo(dtype), np.arange(E)
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, info.max, info.tiny, info.smallest_subnormal], dtype)
+    rows = [
+        rng.standard_normal((4, E)),
+        rng.integers(-3, 4, (4, E)),  # many ties
+        rng.choice(special, (6, E)),
+        rng.choice(special[[0, 2]], (3, E)),  # nothing but NaN and -inf
+        rng.choice(special[[3, 4]], (2, E)),
+        rng.choice([-1.0, 1.0], (3, E)) * rng.integers(0, 5, (3, E)) * float(info.smallest_subnormal),
+        np.where(place == rng.integers(E), 1.0, special[:4, None]),  # one among equals
+        np.stack([place, -place, place % 7, -(place // 3), place[::-1] ^ 5, np.where(place % 2, np.nan, place)]),
+    ]
+    z = np.concatenate([random_bits, *(np.asarray(row).astype(dtype) for row in rows)])
+    z[np.all(z == -np.inf, axis=1), 0] = np.nan  # refused otherwise
+    return z
+
+
+def choices_of(E: int) -> list[int]:
+    return sorted({k for k in (1, 2, 3, 7, 8, E // 3, E // 2, E - 1, E, 22, 63, 64, 65, 100) if 1 <= k <= E})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("E", [*range(1, 71), 127, 128, 129, 512, 1000, 2048])
+def test_choices_are_a_stable_sort(E: int, dtype: Any) -> None:
+    z = hard_rows(E, dtype)
+    with np.errstate(all="ignore"):
+        expected = np.argsort(-z, axis=1, kind="stable")  # NaN last, ties by index
+    for k in choices_of(E):
+        assert np.array_equal(route(z, k, dtype).indices, expected[:, :k]), k
+
+
+def digest_of_choices() -> str:
+    digest = hashlib.sha256()
+    for E in (1, 5, 8, 17, 64, 130, 512):
+        for dtype in (np.float32, np.float64):
+            for k in choices_of(E):
+                digest.update(route(hard_rows(E, dtype), k, dtype).indices.tobytes())
+    return digest.hexdigest()
+
+
+def test_every_target_chooses_the_same() -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_routing as t; "
+    found = {
+        target["name"]: subprocess.run(
+            [sys.executable, "-c", code + "print(t.digest_of_choices())"],
+            env=os.environ | {"NUMOE_TARGET": target["name"]},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for target in numoe._core.targets()
+        if target["supported"]
+    }
+    assert set(found.values()) == {digest_of_choices()}, found
+
+
+GROUPED: Options = {"num_groups": 8, "groups_kept": 3}
+
+
+@pytest.mark.parametrize("options", [{}, GROUPED, GROUPED | {"group_score": "max"}, {"normalize": "none"}])
+@pytest.mark.parametrize("score", SCORES)
+def test_a_token_is_routed_alike_alone_and_on_any_number_of_threads(score: str, options: Options) -> None:
+    rng, before = np.random.default_rng(5), numoe.num_threads()
+    z = rng.standard_normal((3000, 40)).astype(np.float32)
+    z[::7, ::5] = np.nan
+    config = numoe.RouterConfig(num_experts=40, top_k=5, score=score, **options)
+    bias = rng.standard_normal(40).astype(np.float32) if options else None
+    try:
+        numoe.set_num_threads(1)
+        serial = numoe.route(z, config, choice_bias=bias)
+        numoe.set_num_threads(3)
+        parallel = numoe.route(z, config, choice_bias=bias)
+    finally:
+        numoe.set_num_threads(before)
+    assert_bitwise_equal(parallel.indices, serial.indices)
+    assert_bitwise_equal(parallel.weights, serial.weights)
+    for t in range(0, len(z), 131):
+        alone = numoe.route(z[t : t + 1], config, choice_bias=bias)
+        assert_bitwise_equal(alone.indices[0], serial.indices[t])
+        assert_bitwise_equal(alone.weights[0], serial.weights[t])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("E", [*range(1, 19), 31, 32, 33, 63, 64, 65, 129])
+def test_scores_at_every_size(E: int, score: str, dtype: Any) -> None:
+    """Relative to each score, not to the largest: K = E shows them all, tiny ones included."""
+    z = (60 * np.random.default_rng(E).uniform(-1, 1, (9, E))).astype(dtype)
+    routing = route(z, E, dtype, score=score, normalize="none")
+    kind = "softmax" if score == "softmax_chosen" else score
+    exact = np.take_along_axis(reference.routing.score(kind, z.astype(np.float64)), routing.indices, axis=1)
+    seen = exact > 2 * np.finfo(dtype).tiny  # 0 at about the smallest normal number
+    assert_close(routing.weights[seen] / exact[seen], np.ones(seen.sum()), factor=64 * np.finfo(dtype).eps / 2.0**-52)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_of_special_logits(score: str) -> None:
+    """One expert per token, so that each score stands for itself."""
+    z = np.array([[np.inf], [-1e30], [-90.0], [0.0], [90.0], [1e30], [np.nan]])
+    weights = route(z, 1, score=score, normalize="none").weights[:, 0]
+    own = {
+        "sigmoid": [1, 0, 1 / (1 + np.exp(90.0)), 0.5, 1, 1, np.nan],
+        "sqrt_softplus": [np.inf, 0, np.exp(-45.0), np.sqrt(np.log(2.0)), np.sqrt(90.0), 1e15, np.nan],
+    }
+    assert_close(weights, np.array(own.get(score, [1, 1, 1, 1, 1, 1, np.nan])))
 
 
 # ── special rows

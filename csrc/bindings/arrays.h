@@ -11,8 +11,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <map>
+#include <algorithm>
+#include <cstring>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -37,6 +39,11 @@ auto with_dtype(const py::array& array, F&& f) {
 template <class T>
 using Stored = std::conditional_t<std::is_same_v<T, bfloat16>, std::uint16_t, T>;
 
+// An ndarray, not of a subclass that may mean something else.
+inline bool is_plain_array(const py::object& object) {
+  return Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+}
+
 // A freshly allocated array and the view through which the core fills it.
 template <class T>
 struct Output {
@@ -47,11 +54,20 @@ struct Output {
   std::span<T> span() { return {data(), static_cast<std::size_t>(array.size())}; }
 };
 
-// Shape letters → sizes, bound by the first array that uses a letter and checked against every later one.
+// Shape letters → sizes, bound by the first array that uses a letter and checked against every later one.  Letters and
+// names are string literals; an array that fits costs no allocation.
 class Dims {
  public:
-  void bind(const std::string& letter, Index size) { sizes_[letter] = {size, "the call"}; }
-  Index operator[](const std::string& letter) const { return sizes_.at(letter).first; }
+  void bind(const char* letter, Index size) {
+    Entry* known = find(letter);
+    (known ? *known : add(letter)) = {letter, size, "the call"};
+  }
+  Index operator[](std::string_view letter) const {
+    for (int i = 0; i < count_; ++i) {
+      if (entries_[i].letter == letter) return entries_[i].size;
+    }
+    throw std::out_of_range("axis " + std::string(letter) + " is not bound");
+  }
 
   template <class T>
   MatrixView<const T> matrix(const py::array& array, const char* name, const char* letters) {
@@ -78,6 +94,12 @@ class Dims {
   Tensor3View<T> output_tensor(py::array& array, const char* name, const char* letters) {
     check<T>(array, name, letters, true);
     return {static_cast<T*>(array.mutable_data()), array.shape(0), array.shape(1), array.shape(2)};
+  }
+
+  // An array of T that the core can read in place.
+  template <class T>
+  static bool is_readable(const py::array& array) {
+    return py::isinstance<py::array_t<T>>(array) && in_order(array);
   }
 
   // An argument typed as "anything" that must be an array.
@@ -108,29 +130,50 @@ class Dims {
     return {py::array_t<T>(shape(letters))};
   }
 
-  std::vector<py::ssize_t> shape(std::string_view letters) const {
+  std::vector<py::ssize_t> shape(const char* letters) const {
     std::vector<py::ssize_t> sizes;
-    for (const auto& letter : split(letters)) sizes.push_back(sizes_.at(letter).first);
+    sizes.reserve(4);
+    for_letters(letters, [&](std::string_view letter) { sizes.push_back((*this)[letter]); });
     return sizes;
   }
 
  private:
-  static std::vector<std::string> split(std::string_view letters) {
-    std::vector<std::string> parts(1);
-    for (char c : letters) {
-      if (c == ' ') {
-        parts.emplace_back();
-      } else {
-        parts.back() += c;
-      }
+  static constexpr int max_letters = 16;
+  struct Entry {
+    std::string_view letter;
+    Index size = 0;
+    const char* from = nullptr;  // the array that bound it
+  };
+
+  template <class F>
+  static void for_letters(std::string_view letters, F f) {
+    for (;;) {
+      const std::size_t space = letters.find(' ');
+      f(letters.substr(0, space));
+      if (space == std::string_view::npos) return;
+      letters.remove_prefix(space + 1);
     }
-    return parts;
   }
 
-  static std::string tuple_text(const std::vector<std::string>& letters) {
-    std::string text = "(" + letters[0] + (letters.size() == 1 ? "," : "");
-    for (std::size_t i = 1; i < letters.size(); ++i) text += ", " + letters[i];
-    return text + ")";
+  Entry* find(std::string_view letter) {
+    for (int i = 0; i < count_; ++i) {
+      if (entries_[i].letter == letter) return &entries_[i];
+    }
+    return nullptr;
+  }
+  Entry& add(std::string_view letter) {
+    if (count_ == max_letters) throw std::length_error("too many axes");
+    return entries_[count_++] = {letter};
+  }
+
+  static std::string tuple_text(const char* letters) {
+    std::string text = "(";
+    int axes = 0;
+    for_letters(letters, [&](std::string_view letter) {
+      text += axes++ == 0 ? "" : ", ";
+      text += letter;
+    });
+    return text + (axes == 1 ? ",)" : ")");
   }
 
   static std::string shape_text(const py::array& array) { return std::string(py::str(array.attr("shape"))); }
@@ -141,34 +184,45 @@ class Dims {
       throw py::type_error(std::string(name) + " must have dtype " + std::string(py::str(py::dtype::of<T>())) +
                            "; got " + std::string(py::str(array.dtype())));
     }
-    const auto parts = split(letters);
-    if (static_cast<std::size_t>(array.ndim()) != parts.size()) {
-      throw py::value_error(std::string(name) + " must have shape " + tuple_text(parts) + "; got " + shape_text(array));
+    const py::ssize_t axes = 1 + std::count(letters, letters + std::strlen(letters), ' ');
+    if (array.ndim() != axes) {
+      throw py::value_error(std::string(name) + " must have shape " + tuple_text(letters) + "; got " +
+                            shape_text(array));
     }
-    for (std::size_t i = 0; i < parts.size(); ++i) check_axis(array, name, letters, parts[i], i);
+    py::ssize_t axis = 0;
+    for_letters(letters, [&](std::string_view letter) { check_axis(array, name, letters, letter, axis++); });
     check_memory(array, name, written);
   }
 
-  void check_axis(const py::array& array, const char* name, const char* letters, const std::string& letter,
-                  std::size_t axis) {
-    const Index size = array.shape(static_cast<py::ssize_t>(axis));
-    const auto [entry, inserted] = sizes_.try_emplace(letter, size, name);
-    if (inserted || entry->second.first == size) return;
-    throw py::value_error(std::string(name) + " must have shape " + tuple_text(split(letters)) + " with " + letter +
-                          " = " + std::to_string(entry->second.first) + " from " + entry->second.second + "; got " +
-                          shape_text(array));
+  void check_axis(const py::array& array, const char* name, const char* letters, std::string_view letter,
+                  py::ssize_t axis) {
+    const Index size = array.shape(axis);
+    const Entry* known = find(letter);
+    if (!known) {
+      add(letter) = {letter, size, name};
+    } else if (known->size != size) {
+      throw py::value_error(std::string(name) + " must have shape " + tuple_text(letters) + " with " +
+                            std::string(letter) + " = " + std::to_string(known->size) + " from " + known->from +
+                            "; got " + shape_text(array));
+    }
+  }
+
+  // C-contiguous and aligned.
+  static bool in_order(const py::array& array) {
+    constexpr int wanted = py::array::c_style | 0x0100;  // NPY_ARRAY_ALIGNED
+    return (array.flags() & wanted) == wanted;
   }
 
   static void check_memory(const py::array& array, const char* name, bool written) {
-    constexpr int aligned = 0x0100;  // NPY_ARRAY_ALIGNED
-    if (!(array.flags() & py::array::c_style) || !(array.flags() & aligned)) {
+    if (!in_order(array)) {
       throw py::value_error(std::string(name) + " must be C-contiguous and aligned; pass np.ascontiguousarray(" + name +
                             ")");
     }
     if (written && !array.writeable()) throw py::value_error(std::string(name) + " is read-only");
   }
 
-  std::map<std::string, std::pair<Index, std::string>> sizes_;
+  Entry entries_[max_letters];
+  int count_ = 0;
 };
 
 }  // namespace numoe::bindings

@@ -53,18 +53,37 @@ PackedLayer<S> make_layer(const py::dict& params, const py::object& choice_bias,
 }
 
 template <class S>
-py::array forward(const PackedLayer<S>& layer, const py::array& x_) {
+py::array run_forward(const PackedLayer<S>& layer, const py::array& x, Index tokens) {
   using T = Compute<S>;
-  Dims dims;
-  dims.bind("D", layer.d_model());
-  auto x = dims.matrix<T>(x_, "x", "T D");
-  auto y = dims.empty<T>("T D");
-  auto view = y.matrix();
+  const Index D = layer.d_model();
+  check_assignments(tokens, layer.top_k());
+  Output<T> y{py::array_t<T>(py::array::ShapeContainer(x.shape(), x.shape() + x.ndim()))};
+  const MatrixView<const T> from{static_cast<const T*>(x.data()), tokens, D, D};
+  const MatrixView<T> to{y.data(), tokens, D, D};
   {
     ReleasedGil nogil;
-    layer.forward(x, view);
+    layer.forward(from, to);
   }
   return y.array;
+}
+
+template <class S>
+py::array forward(const PackedLayer<S>& layer, const py::array& x) {
+  Dims dims;
+  dims.bind("D", layer.d_model());
+  dims.matrix<Compute<S>>(x, "x", "T D");
+  return run_forward(layer, x, dims["T"]);
+}
+
+// The same for x (..., D) that needs neither conversion nor complaint; None for any other object.
+template <class S>
+py::object forward_ready(const PackedLayer<S>& layer, const py::object& x_) {
+  using T = Compute<S>;
+  if (!is_plain_array(x_)) return py::none();
+  const auto x = py::reinterpret_borrow<py::array>(x_);
+  const py::ssize_t axes = x.ndim();
+  if (axes == 0 || x.shape(axes - 1) != layer.d_model() || !Dims::is_readable<T>(x)) return py::none();
+  return run_forward(layer, x, x.size() / layer.d_model());
 }
 
 // The core checks the range of the indices, as it counts them.
@@ -132,6 +151,7 @@ void bind_packed_layer(py::module_& m, const char* name) {
            py::arg("shared_params"), py::arg("shared_options"))
       .def("forward", &forward<S>, py::arg("x"))
       .def("forward_routed", &forward_routed<S>, py::arg("x"), py::arg("indices"), py::arg("weights"))
+      .def("forward_ready", &forward_ready<S>, py::arg("x"))
       .def("experts", &experts<S>, py::arg("x"), py::arg("offsets"), py::arg("row_token"), py::arg("row_assignment"),
            py::arg("top_k"), py::arg("weights"))
       .def_property_readonly("nbytes", &Layer::bytes);

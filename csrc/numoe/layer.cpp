@@ -113,12 +113,9 @@ template <class S>
 void PackedLayer<S>::forward(MatrixView<const T> x, MatrixView<T> y) const {
   BorrowedPass<T> pass;
   const Index tokens = x.rows, choices = router_.top_k;
-  const auto logits = matrix(pass->logits, tokens, num_experts());
   const auto weights = matrix(pass->weights, tokens, choices);
   const auto indices = matrix(pass->indices, tokens, choices);
-  multiply_packed(operand(x), router_panels_.data(), x.cols, logits);
-  add_router_bias<T>(b_router_, logits);
-  route<T>(logits, choice_bias_, {}, router_, indices, weights);
+  route_tokens(x, indices, weights);
   routed_.forward(x, pass->sort(indices, num_experts()), weights, y);
   if (shared_) add_shared(x, y);
 }
@@ -129,6 +126,24 @@ void PackedLayer<S>::forward_routed(MatrixView<const T> x, MatrixView<const std:
   BorrowedPass<T> pass;
   routed_.forward(x, pass->sort(indices, num_experts()), weights, y);
   if (shared_) add_shared(x, y);
+}
+
+// A task routes its tokens as soon as it has their logits, so all logits (T, E) never exist at once: with many experts
+// they would be more than anything else.
+template <class S>
+void PackedLayer<S>::route_tokens(MatrixView<const T> x, MatrixView<std::int32_t> indices,
+                                  MatrixView<T> weights) const {
+  constexpr Index tiles_per_task = 4;
+  const Index E = num_experts(), height = kernels<T>().tile_rows;
+  parallel_ranges(x.rows, tiles_per_task * height, [&](Index begin, Index end) {
+    const MatrixView<T> logits{scratch<T, 2>((end - begin) * E), end - begin, E, E};
+    const RowTiles tiles{end - begin, height};
+    multiply_tiles(operand(x.row_range(begin, end)), tiles, {0, tiles.count()}, x.cols, router_panels_.data(),
+                   Store::overwrite, logits);
+    add_router_bias<T>(b_router_, logits);
+    route_serial<T>(logits, choice_bias_, {}, router_, begin, indices.row_range(begin, end),
+                    weights.row_range(begin, end));
+  });
 }
 
 // The shared expert is an MoE of one expert that every token visits, with weight sigmoid(x · score) or 1.

@@ -35,6 +35,7 @@ class PackedLayer {
 
   Index d_model() const { return routed_.experts.d_model(); }
   Index num_experts() const { return routed_.experts.num_experts(); }
+  Index top_k() const { return router_.top_k; }
   Index bytes() const;
   const PackedBranch<S>& routed() const { return routed_; }
 
@@ -45,6 +46,7 @@ class PackedLayer {
                       MatrixView<T> y) const;
 
  private:
+  void route_tokens(MatrixView<const T> x, MatrixView<std::int32_t> indices, MatrixView<T> weights) const;
   void add_shared(MatrixView<const T> x, MatrixView<T> y) const;
 
   std::vector<T> router_panels_, b_router_, choice_bias_, shared_score_;

@@ -3,18 +3,21 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "numoe/eigen.h"
+#include "numoe/kernels/kernels.h"
 #include "numoe/parallel.h"
 
 namespace numoe {
 namespace {
 
-constexpr Index tokens_per_task = 64;
+// A task takes about 20 us: a token costs a little by itself and a little per expert.
+Index tokens_per_task(Index num_experts) { return std::max<Index>(1, 32768 / (64 + num_experts)); }
 
 template <class T>
 constexpr T infinity = std::numeric_limits<T>::infinity();
@@ -35,29 +38,6 @@ T log_sqrt_softplus_slope(T z) {
   return z < -30 ? T(0.5) : sigmoid(z) / (2 * softplus(z));
 }
 
-// exp(z - max), where a logit that *is* the maximum counts as 1: infinite maxima share the weight.
-template <class T>
-T exp_below(T z, T max) {
-  return z == max ? T(1) : std::exp(z - max);
-}
-
-template <class T>
-T max_of(const T* z, Index n) {
-  T max = -infinity<T>;
-  for (Index i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
-  return max;
-}
-
-// p = softmax(z).  NaN anywhere makes the row NaN; a row of -inf gives zeros.
-template <class T>
-void softmax(const T* z, Index n, T* p) {
-  const T max = max_of(z, n);
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += p[i] = exp_below(z[i], max);
-  const bool empty = max == -infinity<T> && !std::isnan(sum);
-  for (Index i = 0; i < n; ++i) p[i] = empty ? T(0) : p[i] / sum;
-}
-
 // ── choice ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 // Floats as integers of the same order, with -0 = +0 and NaN below everything: a total order for any bit pattern.
@@ -69,30 +49,17 @@ auto order_key(T value) {
   return bits >= 0 ? bits : std::numeric_limits<Int>::min() - bits;  // -0.0 → 0
 }
 
-// The `count` largest of n keys, sorted by (key descending, position ascending).  O(n) while few new maxima turn up.
-template <class Key, class KeyAt>
-class Largest {
- public:
-  void run(Index n, Index count, KeyAt key_at, std::vector<Index>& best) {
-    best.clear();
-    keys_.clear();
-    for (Index i = 0; i < n; ++i) {
-      const Key key = key_at(i);
-      const bool full = static_cast<Index>(best.size()) == count;
-      if (full && key <= keys_.back()) continue;
-      if (full) best.pop_back(), keys_.pop_back();
-      const auto place = std::upper_bound(keys_.begin(), keys_.end(), key, std::greater<>{}) - keys_.begin();
-      best.insert(best.begin() + place, i);
-      keys_.insert(keys_.begin() + place, key);
-    }
-  }
-
- private:
-  std::vector<Key> keys_;
-};
-template <class KeyAt>
-void largest(Index n, Index count, KeyAt key_at, std::vector<Index>& best) {
-  Largest<decltype(key_at(Index{})), KeyAt>().run(n, count, key_at, best);
+// The positions of the `count` largest of n values, sorted by (value descending, position ascending).
+template <class T>
+void largest(Index n, Index count, const T* values, std::int32_t* best) {
+  if (count <= max_top_k) return kernels<T>().routing.top_k(n, count, values, best);
+  std::vector<std::int32_t> order(static_cast<std::size_t>(n));
+  std::iota(order.begin(), order.end(), 0);
+  std::partial_sort(order.begin(), order.begin() + count, order.end(), [values](std::int32_t a, std::int32_t b) {
+    const auto key_a = order_key(values[a]), key_b = order_key(values[b]);
+    return key_a > key_b || (key_a == key_b && a < b);
+  });
+  std::copy_n(order.begin(), count, best);
 }
 
 // Routes one token after another; its buffers are reused.
@@ -100,31 +67,31 @@ template <class T>
 class TokenRouter {
  public:
   TokenRouter(Index num_experts, std::span<const T> choice_bias, const RouterOptions& options)
-      : E_(num_experts), K_(options.top_k), bias_(choice_bias), options_(options), score_(size(num_experts)) {}
+      : E_(num_experts), K_(options.top_k), bias_(choice_bias), options_(options) {}
 
   void choose(const T* z, std::int32_t* indices) {
-    scores_for_choice(z);
+    const T* score = scores_for_choice(z);
     // Scores grow with the logits, so without a bias the logits choose: they do not underflow into ties.
-    const T* key = bias_.empty() ? z : score_.data();
-    if (options_.groups_kept == options_.num_groups) {
-      largest(E_, K_, [key](Index e) { return order_key(key[e]); }, chosen_);
+    const T* key = bias_.empty() ? z : score;
+    if (grouped()) {
+      choose_within_groups(score, key, indices);
     } else {
-      choose_within_groups(key);
+      largest(E_, K_, key, indices);
     }
-    for (Index k = 0; k < K_; ++k) indices[k] = static_cast<std::int32_t>(chosen_[size(k)]);
   }
 
   // weights = scale * norm(s(z) at indices)
   void weigh(const T* z, const std::int32_t* indices, T* weights) {
     if (in_log_space()) {
-      for (Index k = 0; k < K_; ++k) weights[k] = log_score(z[indices[k]]);
-      softmax(weights, K_, weights);
+      log_scores(z, indices, weights);
+      kernel_.softmax(K_, weights, weights);
     } else {
       raw_scores(z, indices, weights);
       const T divisor = normalizer(weights).divisor;
       for (Index k = 0; k < K_; ++k) weights[k] = divisor == 0 ? T(0) : weights[k] / divisor;
     }
-    for (Index k = 0; k < K_; ++k) weights[k] *= static_cast<T>(options_.scale);
+    const T scale = static_cast<T>(options_.scale);
+    for (Index k = 0; k < K_; ++k) weights[k] *= scale;
   }
 
   void weigh_backward(const T* z, const std::int32_t* indices, const T* dweights, T* dz) {
@@ -140,6 +107,12 @@ class TokenRouter {
 
  private:
   static std::size_t size(Index n) { return static_cast<std::size_t>(n); }
+  static T* sized(std::vector<T>& buffer, Index n) {
+    buffer.resize(size(n));
+    return buffer.data();
+  }
+
+  bool grouped() const { return options_.groups_kept < options_.num_groups; }
 
   // Weights divided by their plain sum are a softmax of the chosen log-scores: no 0/0, no underflow.
   bool in_log_space() const {
@@ -147,14 +120,17 @@ class TokenRouter {
     return options_.normalize == Normalize::sum && options_.eps == 0;
   }
 
-  T log_score(T z) const {
-    switch (options_.score) {
-      case Score::sigmoid:
-        return -softplus(-z);
-      case Score::sqrt_softplus:
-        return z < -30 ? z / 2 : T(0.5) * std::log(softplus(z));
-      default:
-        return z;
+  // ln s(z) at the chosen experts
+  void log_scores(const T* z, const std::int32_t* indices, T* log_score) const {
+    for (Index k = 0; k < K_; ++k) log_score[k] = z[indices[k]];
+    if (options_.score == Score::sigmoid) {
+      kernel_.curve(Curve::log_sigmoid, K_, log_score, log_score);
+    } else if (options_.score == Score::sqrt_softplus) {
+      kernel_.curve(Curve::sqrt_softplus, K_, log_score, log_score);
+      for (Index k = 0; k < K_; ++k) {
+        const T z_k = z[indices[k]];
+        log_score[k] = z_k < -30 ? z_k / 2 : std::log(log_score[k]);
+      }
     }
   }
   T log_score_slope(T z) const {
@@ -168,70 +144,60 @@ class TokenRouter {
     }
   }
 
-  // score_[e] = s(z_e) + bias_e, only as far as the choice needs it.
-  void scores_for_choice(const T* z) {
-    const bool grouped = options_.groups_kept < options_.num_groups;
-    if (bias_.empty() && !grouped) return;
-    switch (options_.score) {
-      case Score::softmax:
-        softmax(z, E_, score_.data());
-        break;
-      case Score::softmax_chosen:
-        std::copy_n(z, E_, score_.begin());
-        break;
-      case Score::sigmoid:
-        std::transform(z, z + E_, score_.begin(), sigmoid<T>);
-        break;
-      case Score::sqrt_softplus:
-        std::transform(z, z + E_, score_.begin(), [](T v) { return std::sqrt(softplus(v)); });
-        break;
+  // softmax(z) over all experts, computed once per token.
+  const T* probabilities(const T* z) {
+    if (probability_of_ != z) kernel_.softmax(E_, z, sized(probability_, E_));
+    probability_of_ = z;
+    return probability_.data();
+  }
+
+  // s(z_e) + bias_e, or null where the choice needs the logits alone.
+  const T* scores_for_choice(const T* z) {
+    if (bias_.empty() && !grouped()) return nullptr;
+    const T* score = z;  // softmax_chosen
+    if (options_.score == Score::softmax) {
+      score = probabilities(z);
+    } else if (options_.score != Score::softmax_chosen) {
+      const Curve curve = options_.score == Score::sigmoid ? Curve::sigmoid : Curve::sqrt_softplus;
+      kernel_.curve(curve, E_, z, sized(score_, E_));
+      score = score_.data();
     }
-    for (Index e = 0; e < static_cast<Index>(bias_.size()); ++e) score_[size(e)] += bias_[size(e)];
+    if (bias_.empty()) return score;
+    T* biased = sized(score_, E_);
+    for (Index e = 0; e < E_; ++e) biased[e] = score[e] + bias_[size(e)];
+    return biased;
   }
 
   // Only experts of the best groups may be chosen.
-  void choose_within_groups(const T* key) {
-    const Index per_group = E_ / options_.num_groups;
-    largest(
-        options_.num_groups, options_.groups_kept,
-        [&](Index g) { return order_key(group_score(score_.data() + g * per_group, per_group)); }, groups_);
-    std::sort(groups_.begin(), groups_.end());  // ascending experts: ties go to the lowest index
-    const auto expert = [&](Index i) { return groups_[size(i / per_group)] * per_group + i % per_group; };
-    largest(options_.groups_kept * per_group, K_, [&](Index i) { return order_key(key[expert(i)]); }, chosen_);
-    for (Index& i : chosen_) i = expert(i);
+  void choose_within_groups(const T* score, const T* key, std::int32_t* indices) {
+    const Index per_group = E_ / options_.num_groups, kept = options_.groups_kept;
+    T* value = sized(value_, std::max(options_.num_groups, kept * per_group));
+    for (Index g = 0; g < options_.num_groups; ++g) value[g] = group_score(score + g * per_group, per_group);
+    group_.resize(size(kept));
+    largest(options_.num_groups, kept, value, group_.data());
+    std::sort(group_.begin(), group_.end());  // ascending experts: ties go to the lowest index
+    for (Index i = 0; i < kept; ++i) std::copy_n(key + group_[size(i)] * per_group, per_group, value + i * per_group);
+    largest(kept * per_group, K_, value, indices);
+    for (Index k = 0; k < K_; ++k) {
+      const Index group = group_[size(indices[k] / per_group)];
+      indices[k] = static_cast<std::int32_t>(group * per_group + indices[k] % per_group);
+    }
   }
 
+  // NaN if a score is.
   T group_score(const T* score, Index n) const {
-    T first = -infinity<T>, second = -infinity<T>;
-    for (Index i = 0; i < n; ++i) {
-      if (std::isnan(score[i])) return score[i];
-      if (score[i] > first) {
-        second = std::exchange(first, score[i]);
-      } else if (score[i] > second) {
-        second = score[i];
-      }
-    }
-    return options_.group_score == GroupScore::max ? first : first + second;
+    T best[2];
+    kernel_.two_largest(n, score, best);
+    return options_.group_score == GroupScore::max ? best[0] : best[0] + best[1];
   }
 
   // u_k = s(z) at the chosen experts
   void raw_scores(const T* z, const std::int32_t* indices, T* u) {
-    for (Index k = 0; k < K_; ++k) u[k] = z[indices[k]];
-    switch (options_.score) {
-      case Score::softmax:
-        softmax(z, E_, score_.data());
-        for (Index k = 0; k < K_; ++k) u[k] = score_[size(indices[k])];
-        break;
-      case Score::softmax_chosen:
-        softmax(u, K_, u);
-        break;
-      case Score::sigmoid:
-        std::transform(u, u + K_, u, sigmoid<T>);
-        break;
-      case Score::sqrt_softplus:
-        std::transform(u, u + K_, u, [](T v) { return std::sqrt(softplus(v)); });
-        break;
-    }
+    const T* from = options_.score == Score::softmax ? probabilities(z) : z;
+    for (Index k = 0; k < K_; ++k) u[k] = from[indices[k]];
+    if (options_.score == Score::softmax_chosen) kernel_.softmax(K_, u, u);
+    if (options_.score == Score::sigmoid) kernel_.curve(Curve::sigmoid, K_, u, u);
+    if (options_.score == Score::sqrt_softplus) kernel_.curve(Curve::sqrt_softplus, K_, u, u);
   }
 
   // The divisor and the norm it was made of.
@@ -251,8 +217,8 @@ class TokenRouter {
 
   // v = softmax(log s);  w = scale v  ⇒  dlog s_k = v_k (g_k - Σ_j g_j v_j) with g = scale dw
   void log_space_backward(const T* z, const std::int32_t* indices, const T* dweights, T* dz) {
-    for (Index k = 0; k < K_; ++k) value_[size(k)] = log_score(z[indices[k]]);
-    softmax(value_.data(), K_, value_.data());
+    log_scores(z, indices, value_.data());
+    kernel_.softmax(K_, value_.data(), value_.data());
     const T scale = static_cast<T>(options_.scale);
     T mean = 0;
     for (Index k = 0; k < K_; ++k) mean += scale * dweights[k] * value_[size(k)];
@@ -285,11 +251,12 @@ class TokenRouter {
     T mean = 0;  // Σ_k du_k u_k
     for (Index k = 0; k < K_; ++k) mean += dvalue_[size(k)] * value_[size(k)];
     switch (options_.score) {
-      case Score::softmax:  // p = softmax over all E: dz = p ∘ (dp - Σ dp p), dp = 0 for the unchosen
-        softmax(z, E_, score_.data());
-        for (Index e = 0; e < E_; ++e) dz[e] = -score_[size(e)] * mean;
+      case Score::softmax: {  // p = softmax over all E: dz = p ∘ (dp - Σ dp p), dp = 0 for the unchosen
+        const T* p = probabilities(z);
+        for (Index e = 0; e < E_; ++e) dz[e] = -p[e] * mean;
         for (Index k = 0; k < K_; ++k) dz[indices[k]] += value_[size(k)] * dvalue_[size(k)];
         break;
+      }
       case Score::softmax_chosen:
         for (Index k = 0; k < K_; ++k) dz[indices[k]] = value_[size(k)] * (dvalue_[size(k)] - mean);
         break;
@@ -305,9 +272,11 @@ class TokenRouter {
   Index E_, K_;
   std::span<const T> bias_;
   const RouterOptions& options_;
-  std::vector<T> score_;           // (E,)
-  std::vector<T> value_, dvalue_;  // (K,)
-  std::vector<Index> chosen_, groups_;
+  const RoutingKernels<T>& kernel_ = kernels<T>().routing;
+  std::vector<T> score_, probability_;  // (E,)
+  const T* probability_of_ = nullptr;   // the token's logits
+  std::vector<T> value_, dvalue_;       // (K,), or one per group, or one per expert of the groups kept
+  std::vector<std::int32_t> group_;     // (groups_kept,)
 };
 
 template <class T>
@@ -327,27 +296,36 @@ void add_router_bias(std::span<const T> b_router, MatrixView<T> logits) {
 }
 
 template <class T>
+void route_serial(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
+                  const RouterOptions& options, Index first_token, MatrixView<std::int32_t> indices,
+                  MatrixView<T> weights) {
+  TokenRouter<T> router(logits.cols, choice_bias, options);
+  for (Index t = 0; t < logits.rows; ++t) {
+    if (!mask.empty() && !mask[static_cast<std::size_t>(t)]) {
+      std::fill_n(indices.row(t), options.top_k, -1);
+      std::fill_n(weights.row(t), options.top_k, T(0));
+      continue;
+    }
+    check_some_expert(logits.row(t), logits.cols, first_token + t);
+    router.choose(logits.row(t), indices.row(t));
+    router.weigh(logits.row(t), indices.row(t), weights.row(t));
+  }
+}
+
+template <class T>
 void route(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
            const RouterOptions& options, MatrixView<std::int32_t> indices, MatrixView<T> weights) {
-  parallel_ranges(logits.rows, tokens_per_task, [&](Index begin, Index end) {
-    TokenRouter<T> router(logits.cols, choice_bias, options);
-    for (Index t = begin; t < end; ++t) {
-      if (!mask.empty() && !mask[static_cast<std::size_t>(t)]) {
-        std::fill_n(indices.row(t), options.top_k, -1);
-        std::fill_n(weights.row(t), options.top_k, T(0));
-        continue;
-      }
-      check_some_expert(logits.row(t), logits.cols, t);
-      router.choose(logits.row(t), indices.row(t));
-      router.weigh(logits.row(t), indices.row(t), weights.row(t));
-    }
+  parallel_ranges(logits.rows, tokens_per_task(logits.cols), [&](Index begin, Index end) {
+    const auto of_task = mask.empty() ? mask : mask.subspan(static_cast<std::size_t>(begin));
+    route_serial(logits.row_range(begin, end), choice_bias, of_task, options, begin, indices.row_range(begin, end),
+                 weights.row_range(begin, end));
   });
 }
 
 template <class T>
 void route_backward(MatrixView<const T> logits, MatrixView<const std::int32_t> indices, MatrixView<const T> dweights,
                     const RouterOptions& options, MatrixView<T> dlogits) {
-  parallel_ranges(logits.rows, tokens_per_task, [&](Index begin, Index end) {
+  parallel_ranges(logits.rows, tokens_per_task(logits.cols), [&](Index begin, Index end) {
     TokenRouter<T> router(logits.cols, {}, options);
     for (Index t = begin; t < end; ++t) {
       if (indices(t, 0) < 0) {  // a masked token
@@ -359,10 +337,12 @@ void route_backward(MatrixView<const T> logits, MatrixView<const std::int32_t> i
   });
 }
 
-#define NUMOE_INSTANTIATE(T)                                                                                \
-  template void route(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&, \
-                      MatrixView<std::int32_t>, MatrixView<T>);                                             \
-  template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,    \
+#define NUMOE_INSTANTIATE(T)                                                                                       \
+  template void route(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&,        \
+                      MatrixView<std::int32_t>, MatrixView<T>);                                                    \
+  template void route_serial(MatrixView<const T>, std::span<const T>, std::span<const bool>, const RouterOptions&, \
+                             Index, MatrixView<std::int32_t>, MatrixView<T>);                                      \
+  template void route_backward(MatrixView<const T>, MatrixView<const std::int32_t>, MatrixView<const T>,           \
                                const RouterOptions&, MatrixView<T>);
 template void add_router_bias(std::span<const float>, MatrixView<float>);
 template void add_router_bias(std::span<const double>, MatrixView<double>);

@@ -43,6 +43,12 @@ template <class T>
 void route(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
            const RouterOptions& options, MatrixView<std::int32_t> indices, MatrixView<T> weights);
 
+// The same on the calling thread; errors call the first token `first_token`.
+template <class T>
+void route_serial(MatrixView<const T> logits, std::span<const T> choice_bias, std::span<const bool> mask,
+                  const RouterOptions& options, Index first_token, MatrixView<std::int32_t> indices,
+                  MatrixView<T> weights);
+
 // dlogits (T, E) = (∂weights/∂logits)ᵀ · dweights.  The choice itself is a constant.
 template <class T>
 void route_backward(MatrixView<const T> logits, MatrixView<const std::int32_t> indices, MatrixView<const T> dweights,

@@ -15,6 +15,18 @@ FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
+FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+FLOAT64: np.dtype[Any] = np.dtype(np.float64)
+INT32: np.dtype[Any] = np.dtype(np.int32)
+
+
+def is_ready(x: Any, dtype: np.dtype[Any], ndim: int | None) -> bool:
+    """True only if the core takes `x` as it is: what most arrays of most calls are, told in a fraction of 1 µs."""
+    if type(x) is not np.ndarray or x.dtype is not dtype or (ndim is not None and x.ndim != ndim):
+        return False
+    flags = x.flags
+    return flags.c_contiguous and flags.aligned
+
 
 def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> FloatArray:
     """`x` as a floating-point array ready for the core.
@@ -22,6 +34,10 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
     Any floating dtype is converted to `dtype` (default: float32 and float64 stay, others become float32); a value that
     was finite and would become infinite raises ``ValueError``.
     """
+    if is_ready(x, FLOAT32, ndim) and (dtype is None or dtype is FLOAT32):
+        return x  # type: ignore[no-any-return]
+    if is_ready(x, FLOAT64, ndim) and (dtype is None or dtype is FLOAT64):
+        return x  # type: ignore[no-any-return]
     array = plain_array(x, name)
     if array.dtype == object and type(x).__module__.startswith("numoe"):
         raise TypeError(f"{name} is a {type(x).__name__}; pass one of its arrays, e.g. routing.weights.")
@@ -97,6 +113,8 @@ def as_mask(mask: Any, num_tokens: int, leading: tuple[int, ...] | None = None, 
 def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArray:
     """Chosen experts (T, K) as int32, each in ``0..E-1`` or -1 for "not routed"; anything else names its position."""
     array = plain_array(indices, name)
+    if is_ready(array, INT32, 2) and (array.size == 0 or (array.min() >= -1 and array.max() < num_experts)):
+        return array
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be an array of ints; got dtype {array.dtype}.")
     if array.ndim != 2:
@@ -112,6 +130,8 @@ def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArra
 
 def check_distinct(indices: IntArray, name: str = "indices") -> None:
     """A token may visit an expert once only."""
+    if indices.shape[1] == 1:
+        return
     ordered = np.sort(indices, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ WEIGHT_ON = ("output", "input")
 SHARED_GATES = ("none", "sigmoid")
 AUX_LOSSES = ("switch", "gshard", "megatron", "hf", "deepseek-sequence", "importance", "load", "z")
 DTYPES = ("float32", "float64", "bfloat16")
+_ARRAY_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in DTYPES}  # made once: calls ask often
 
 _MAX_ELEMENTS = 2**46  # of one parameter; far beyond memory, far below what overflows 64-bit byte counts
 
@@ -425,6 +427,10 @@ class MoEConfig(_Checked):
         >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1).param_shapes()
         {'w_router': (4, 2), 'w_gate': (2, 4, 8), 'w_up': (2, 4, 8), 'w_down': (2, 8, 4)}
         """
+        return dict(self._param_shapes)
+
+    @functools.cached_property
+    def _param_shapes(self) -> dict[str, tuple[int, ...]]:
         D, E, F = self.d_model, self.router.num_experts, self.experts.d_ff
         shapes: dict[str, tuple[int, ...]] = {"w_router": (D, E)}
         if self.router.linear_bias:
@@ -445,9 +451,14 @@ class MoEConfig(_Checked):
         return shapes
 
     @property
+    def array_dtype(self) -> np.dtype[Any]:
+        """`dtype` as NumPy's object."""
+        return _ARRAY_DTYPES[self.dtype]
+
+    @property
     def compute_dtype(self) -> np.dtype[Any]:
         """float32 or float64, the dtype of the arithmetic, of routings and of gradients of parameters."""
-        return np.dtype("float32" if self.dtype == "bfloat16" else self.dtype)
+        return _ARRAY_DTYPES["float32" if self.dtype == "bfloat16" else self.dtype]
 
     def param_dtype(self, name: str) -> np.dtype[Any]:
         """Of a parameter or buffer: `dtype` for the experts' matrices, `compute_dtype` for everything small.
@@ -456,7 +467,7 @@ class MoEConfig(_Checked):
         >>> config.param_dtype("w_up").name, config.param_dtype("w_router").name
         ('bfloat16', 'float32')
         """
-        return np.dtype(self.dtype) if name in EXPERT_MATRICES else self.compute_dtype
+        return self.array_dtype if name in EXPERT_MATRICES else self.compute_dtype
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the arrays that are state but have no gradient (the choice bias)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ class ExpertCache:
 def expert_options(config: ExpertConfig) -> _core.ExpertOptions:
     """The core's form of an `ExpertConfig`."""
     check_config(config, ExpertConfig, "experts")
+    return _options_of(config)
+
+
+@functools.lru_cache
+def _options_of(config: ExpertConfig) -> _core.ExpertOptions:
     return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
 
 

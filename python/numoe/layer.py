@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe import checkpoint, losses
-from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask, plain_array
+from numoe._arrays import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    as_float,
+    as_indices,
+    as_mask,
+    plain_array,
+)
 from numoe._steps import (
     SHARED_GATE,
     Branch,
@@ -191,7 +199,7 @@ class MoELayer:
     @property
     def dtype(self) -> np.dtype[Any]:
         """float32, float64 or bfloat16, of the experts' matrices and of results."""
-        return np.dtype(self._config.dtype)
+        return self._config.array_dtype
 
     @property
     def num_params(self) -> int:
@@ -336,7 +344,6 @@ class MoELayer:
             _cache=_Cache(self.params, config, tokens, router, routed, shared, found, given),
         )
 
-    @np.errstate(all="ignore")
     def _branches(
         self, x: FloatArray, routing: Routing, plan: Dispatch, real: BoolArray | None, *, keep_cache: bool
     ) -> tuple[FloatArray, Branch, Branch | None]:
@@ -347,7 +354,8 @@ class MoELayer:
         if config.shared is None:
             return y, routed, None
         y_shared, shared = run_shared(config.shared, self.params, x, real, keep_cache)
-        y += y_shared
+        with np.errstate(all="ignore"):
+            y += y_shared
         return y, routed, shared
 
     # ── backward ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -532,9 +540,10 @@ class MoELayer:
             ("buffers", self.buffers, self._config.buffer_shapes()),
         ):
             for name, shape in shapes.items():
-                value = values.get(name)
+                value, dtype = values.get(name), self._config.param_dtype(name)
+                if type(value) is np.ndarray and value.shape == shape and value.dtype == dtype:
+                    continue
                 ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
-                dtype = self._config.param_dtype(name)
                 if value is None or not ours or value.shape != shape or value.dtype != dtype:
                     got = f"{value.dtype} {value.shape}" if value is not None and ours else type(value).__name__
                     raise ValueError(
@@ -542,7 +551,6 @@ class MoELayer:
                         f"Assign in place: layer.{kind}[{name!r}][...] = value."
                     )
 
-    @np.errstate(all="ignore")
     def _router_pass(self, x: FloatArray, shape: tuple[int, ...], logits: Any, rng: Any) -> RouterPass:
         """Logits of the linear router or from outside; jitter, then noise, are drawn in float64 if rng is given."""
         router = self._config.router
@@ -560,12 +568,15 @@ class MoELayer:
             seen = x
             if generator is not None and router.jitter > 0:
                 jitter = generator.uniform(1 - router.jitter, 1 + router.jitter, x.shape).astype(x.dtype)
-                seen = x * jitter
+                with np.errstate(all="ignore"):
+                    seen = x * jitter
             clean = router_logits(seen, self.params["w_router"], self.params.get("b_router"))
         if generator is None or router.noise_std == 0:
             return RouterPass(clean, clean, 0.0, seen, jitter)
         noise = generator.standard_normal(clean.shape).astype(clean.dtype)
-        return RouterPass(clean + clean.dtype.type(router.noise_std) * noise, clean, router.noise_std, seen, jitter)
+        with np.errstate(all="ignore"):
+            noisy = clean + clean.dtype.type(router.noise_std) * noise
+        return RouterPass(noisy, clean, router.noise_std, seen, jitter)
 
     def _route(self, router: RouterPass, real: BoolArray | None) -> Routing:
         return route(router.logits, self._config.router, choice_bias=self.buffers.get("choice_bias"), mask=real)

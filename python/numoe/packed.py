@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FloatArray, as_bits, as_float, as_indices
+from numoe._arrays import FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices
 from numoe.config import ExpertConfig, MoEConfig
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, router_options
@@ -55,7 +55,7 @@ class PackedMoELayer:
     True
     """
 
-    __slots__ = ("_config", "_core", "_dtype", "_packing_seconds")
+    __slots__ = ("_config", "_core", "_dtype", "_forward_ready", "_packing_seconds")
 
     def __init__(self, layer: MoELayer, dtype: str) -> None:
         if dtype not in PACKED_DTYPES:
@@ -77,6 +77,7 @@ class PackedMoELayer:
             expert_options(_shared_config(config)),
         )
         self._packing_seconds = time.perf_counter() - start
+        self._forward_ready = self._core.forward_ready  # bound once: a small call is mostly overhead
 
     @property
     def config(self) -> MoEConfig:
@@ -87,6 +88,10 @@ class PackedMoELayer:
     def dtype(self) -> str:
         """How the experts' weights are stored."""
         return self._dtype
+
+    @property
+    def _compute_dtype(self) -> np.dtype[Any]:
+        return FLOAT64 if self._dtype == "float64" else FLOAT32
 
     @property
     def nbytes(self) -> int:
@@ -119,16 +124,14 @@ class PackedMoELayer:
         y : (..., D)
             bfloat16 if `x` is, else the dtype of the arithmetic.
         """
-        compute = np.float64 if self._dtype == "float64" else np.float32
-        array = as_float(x, "x", compute)
+        ready = self._forward_ready(x)
+        if ready is not None:
+            return ready
+        array = as_float(x, "x", self._compute_dtype)
         width = self._config.d_model
-        if array.ndim == 2 and array.shape[1] == width:
-            y = self._core.forward(array)
-        else:
-            if array.ndim == 0 or array.shape[-1] != width:
-                raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
-            rows = math.prod(array.shape[:-1])
-            y = self._core.forward(array.reshape(rows, width)).reshape(array.shape)
+        if array.ndim == 0 or array.shape[-1] != width:
+            raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
+        y = self._core.forward(array.reshape(math.prod(array.shape[:-1]), width)).reshape(array.shape)
         return _rounded_like(y, x)
 
     def forward_routed(self, x: Any, indices: Any, weights: Any) -> FloatArray:
@@ -160,7 +163,7 @@ class PackedMoELayer:
         >>> fast.forward_routed(np.ones((2, 8), np.float32), [[3, 0], [1, -1]], [[0.5, 0.5], [1.0, 0.0]]).shape
         (2, 8)
         """
-        array = as_float(x, "x", np.float64 if self._dtype == "float64" else np.float32, ndim=2)
+        array = as_float(x, "x", self._compute_dtype, ndim=2)
         chosen = as_indices(indices, self._config.router.num_experts)
         y = self._core.forward_routed(array, chosen, as_float(weights, "weights", array.dtype, ndim=2))
         return _rounded_like(y, x)
@@ -179,7 +182,7 @@ class PackedMoELayer:
         -------
         y : (T, D)
         """
-        array = as_float(x, "x", np.float64 if self._dtype == "float64" else np.float32, ndim=2)
+        array = as_float(x, "x", self._compute_dtype, ndim=2)
         if weights is not None:
             weights = as_float(weights, "weights", array.dtype, ndim=2)
         return self._core.experts(array, plan.offsets, plan.row_token, plan.row_assignment, plan.top_k, weights)

@@ -5,6 +5,7 @@ Each function stands alone.  Bring your own router by giving `route` your logits
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from numoe import _core
 from numoe._arrays import (
+    INT32,
     BoolArray,
     FloatArray,
     IntArray,
@@ -19,6 +21,7 @@ from numoe._arrays import (
     as_indices,
     as_mask,
     check_distinct,
+    is_ready,
     plain_array,
 )
 from numoe.config import DispatchConfig, RouterConfig
@@ -175,6 +178,11 @@ def router_logits_backward(dlogits: Any, x: Any, w_router: Any) -> tuple[FloatAr
 def router_options(config: RouterConfig) -> _core.RouterOptions:
     """The core's form of a `RouterConfig`."""
     check_config(config, RouterConfig, "router")
+    return _options_of(config)
+
+
+@functools.lru_cache
+def _options_of(config: RouterConfig) -> _core.RouterOptions:
     return _core.RouterOptions(
         top_k=config.top_k,
         score=config.score,
@@ -351,7 +359,9 @@ def dispatch(
     config = DispatchConfig() if config is None else config
     check_config(router, RouterConfig, "router")
     check_config(config, DispatchConfig, "dispatch")
-    indices = as_indices(routing.indices, router.num_experts)
+    # The core checks the range of indices that it can read as they are, with the same words.
+    ready = routing.logits is not None and is_ready(routing.indices, INT32, 2)
+    indices = routing.indices if ready else as_indices(routing.indices, router.num_experts)
     if routing.logits is None:
         check_distinct(indices)
     weights = as_float(routing.weights, "weights", ndim=2)

@@ -5,6 +5,7 @@
 
 #include "numoe/kernels/kernels.h"
 #include "numoe/kernels/lanes.h"
+#include "numoe/kernels/routing.h"
 #include "numoe/kernels/tile.h"
 #include "numoe/kernels/transpose.h"
 
@@ -61,26 +62,6 @@ inline Activated<Lanes<T, N>> act(Lanes<T, N> v) {
     const V positive = v < V{} ? V{} : v;
     return {positive * positive, T(2) * positive};
   }
-}
-
-// Calls f(position, count) for whole vectors and once for the tail.
-template <int N, class F>
-inline void for_lanes(Index n, F f) {
-  Index i = 0;
-  for (; i + N <= n; i += N) f(i, N);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
-template <class T, int N>
-inline Lanes<T, N> load_some(const T* p, int count) {
-  if (count == N) return load<Lanes<T, N>>(p);
-  Lanes<T, N> v{};
-  __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
-  return v;
-}
-template <class T, int N>
-inline void store_some(T* p, Lanes<T, N> v, int count) {
-  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
 }
 
 template <int N>
@@ -202,7 +183,8 @@ constexpr Kernels<T> make_kernels() {
                    .activate_backward = activate_backward<T, N>,
                    .axpy = axpy<T, N>,
                    .add_rows = add_rows<T, N>,
-                   .dot = dot<T, N>};
+                   .dot = dot<T, N>,
+                   .routing = make_routing_kernels<T, N>()};
   if constexpr (sizeof(T) == sizeof(float)) {
     table.tile_bf16 = Tile<T, N, R>::run_bf16;
     table.widen = widen<N>;

@@ -40,6 +40,28 @@ struct TileArgs {
   Ahead ahead = {};
 };
 
+// Scores that depend on one logit alone.
+enum class Curve {
+  sigmoid,        // σ(z)
+  log_sigmoid,    // ln σ(z)
+  sqrt_softplus,  // √ln(1 + eᶻ)
+};
+
+constexpr Index max_top_k = 64;  // of RoutingKernels::top_k
+
+template <class T>
+struct RoutingKernels {
+  // best[0..k) = positions of the k <= max_top_k largest of n values, sorted by (value descending, position ascending)
+  // with -0 = +0 and NaN below everything; the same on every target, for every bit pattern.
+  void (*top_k)(Index n, Index k, const T* values, std::int32_t* best);
+  // two = the largest and the second largest value (-inf for n = 1); both NaN if a value is.
+  void (*two_largest)(Index n, const T* values, T* two);
+  // p = softmax(z), possibly in place.  A maximum counts as e⁰ even if infinite, so infinite maxima share the weight.
+  // NaN anywhere makes all of p NaN; n times -inf gives zeros.
+  void (*softmax)(Index n, const T* z, T* p);
+  void (*curve)(Curve, Index n, const T* z, T* s);  // s = curve(z), possibly in place
+};
+
 template <class T>
 struct Kernels {
   Index tile_rows;  // R, the largest `rows` of a tile
@@ -73,6 +95,8 @@ struct Kernels {
   void (*add_rows)(Index rows, Index n, const T* weight, const T* sums, Index sums_stride, const std::int32_t* token,
                    T* y, Index y_stride);
   T (*dot)(Index n, const T* a, const T* b);  // Σ a·b in a fixed order
+
+  RoutingKernels<T> routing;
 };
 
 struct KernelTable {

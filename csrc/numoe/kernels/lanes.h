@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "numoe/view.h"
+
 namespace numoe {
 namespace {
 
@@ -81,6 +83,54 @@ inline void stream_end() {
 #endif
 }
 
+// Calls f(position, count) for whole vectors and once for the tail.
+template <int N, class F>
+inline void for_lanes(Index n, F f) {
+  Index i = 0;
+  for (; i + N <= n; i += N) f(i, N);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+template <class T, int N>
+inline Lanes<T, N> load_some(const T* p, int count) {
+  if (count == N) return load<Lanes<T, N>>(p);
+  Lanes<T, N> v{};
+  __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
+  return v;
+}
+template <class T, int N>
+inline void store_some(T* p, Lanes<T, N> v, int count) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// f over all lanes, pairwise: halves, quarters, ... - one fixed order.  f takes vectors and numbers alike.
+template <class T, int N, class F>
+inline T fold(Lanes<T, N> v, F f) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Lanes<T, N / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<T, N / 2>(f(low, high), f);
+  }
+}
+template <class T, int N>
+inline T sum_of(Lanes<T, N> v) {
+  return fold<T, N>(v, [](auto a, auto b) { return a + b; });
+}
+template <class T, int N>
+inline T max_of(Lanes<T, N> v) {
+  return fold<T, N>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// 0, 1, 2, ...
+template <class I, int N>
+inline Lanes<I, N> lane_numbers() {
+  Lanes<I, N> numbers;
+  for (int i = 0; i < N; ++i) numbers[i] = i;
+  return numbers;
+}
 template <class To, class From>
 inline To reinterpret(From v) {
   static_assert(sizeof(To) == sizeof(From));
@@ -89,11 +139,39 @@ inline To reinterpret(From v) {
   return w;
 }
 
+// Bit i is set where lane i of a comparison is true.
+template <class I, int N>
+inline unsigned lane_bits(Lanes<I, N> truth) {
+  [[maybe_unused]] constexpr bool narrow = sizeof(I) == 4;
+#ifdef __AVX512DQ__
+  if constexpr (sizeof truth == 64 && narrow) return __builtin_ia32_cvtd2mask512(reinterpret<Lanes<int, 16>>(truth));
+  if constexpr (sizeof truth == 64) return __builtin_ia32_cvtq2mask512(reinterpret<Lanes<long long, 8>>(truth));
+#endif
+#ifdef __AVX__
+  if constexpr (sizeof truth == 32 && narrow) {
+    return static_cast<unsigned>(__builtin_ia32_movmskps256(reinterpret<Lanes<float, 8>>(truth)));
+  }
+  if constexpr (sizeof truth == 32) {
+    return static_cast<unsigned>(__builtin_ia32_movmskpd256(reinterpret<Lanes<double, 4>>(truth)));
+  }
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof truth == 16 && narrow) {
+    return static_cast<unsigned>(__builtin_ia32_movmskps(reinterpret<Lanes<float, 4>>(truth)));
+  }
+  if constexpr (sizeof truth == 16) {
+    return static_cast<unsigned>(__builtin_ia32_movmskpd(reinterpret<Lanes<double, 2>>(truth)));
+  }
+#endif
+  const Lanes<I, N> bit = (Lanes<I, N>{} + I(1)) << lane_numbers<I, N>();
+  return static_cast<unsigned>(fold<I, N>(truth & bit, [](auto x, auto y) { return x | y; }));
+}
+
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
 // eˣ to about 1 ulp; 0 below exp_min (results there would be subnormal), inf above exp_max, NaN for NaN.
 template <class T, int N>
-inline Lanes<T, N> exp(Lanes<T, N> x) {
+[[gnu::always_inline]] inline Lanes<T, N> exp(Lanes<T, N> x) {
   using F = Float<T>;
   using V = Lanes<T, N>;
   using I = Lanes<typename F::Int, N>;
