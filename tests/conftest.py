@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from numoe import reference
+from numoe import _core, reference
 from numoe.config import MoEConfig
 from numoe.testing import Problem, random_problem
 
 Array = npt.NDArray[Any]
+
+
+def pytest_report_header() -> str:
+    return f"numoe: target {_core.target()}, {_core.num_threads()} threads"
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

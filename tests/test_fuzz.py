@@ -99,7 +99,15 @@ CALLS: dict[str, Callable[..., Any]] = {
     "PackedLayerBfloat16": lambda *values: _core.PackedLayerBfloat16(*values).forward(X),
     "PackedLayerFloat32.experts": lambda *values: packed_layer().experts(*values),
 }
-SAFE = {"num_threads", "available_cpus", "target", "targets", "build_info", "peak_probes"}  # take no arguments
+SAFE = {  # take no arguments
+    "num_threads",
+    "available_cpus",
+    "target",
+    "targets",
+    "emulated_targets",
+    "build_info",
+    "peak_probes",
+}
 SLOW = {"probe_peak"}  # runs as long as it is told
 
 

@@ -1,7 +1,7 @@
 // numoe._core: four topics, threads and targets.  Private; the public functions are Python.
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
-#include "numoe/kernels/kernels.h"
+#include "numoe/kernels/target.h"
 #include "numoe/parallel.h"
 
 namespace numoe::bindings {
@@ -29,11 +29,17 @@ void check_signals() {
   PyGILState_Release(state);
 }
 
-py::list targets() {
+template <class T>
+py::tuple tile_of(const Kernels<T>& kernels) {
+  return py::make_tuple(kernels.tile_rows, kernels.tile_cols);
+}
+
+py::list describe(std::span<const KernelTable* const> tables) {
   py::list list;
-  for (const KernelTable* table : kernel_tables()) {
+  for (const KernelTable* table : tables) {
     list.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
-                         py::arg("supported") = table->supported()));
+                         py::arg("supported") = table->supported(), py::arg("float32_tile") = tile_of(table->f32),
+                         py::arg("float64_tile") = tile_of(table->f64)));
   }
   return list;
 }
@@ -69,7 +75,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_num_threads", &set_num_threads, bindings::py::arg("n"));
   m.def("available_cpus", &available_cpus);
   m.def("target", [] { return kernel_table().name; });
-  m.def("targets", &bindings::targets);
+  m.def("targets", [] { return bindings::describe(kernel_tables()); });
+  m.def("emulated_targets", [] { return bindings::describe(emulated_tables()); });
   m.def("build_info", &bindings::build_info);
   m.attr("bad_num_threads") = bindings::start_threads();
 }

@@ -21,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "numoe/parallel.h"
 
 #ifdef __SSE2__
@@ -37,14 +38,6 @@ constexpr bool kThreadSanitizer = true;
 #else
 constexpr bool kThreadSanitizer = false;
 #endif
-
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      std::_Exit(1);                                                                 \
-    }                                                                                \
-  } while (false)
 
 namespace {
 

@@ -1,46 +1,57 @@
 // Which kernels run: the only place that asks the CPU or reads the environment.
+//
+// A target whose instructions the CPU has is still unusable if the operating system (or a hypervisor) does not save the
+// wide registers.  __builtin_cpu_supports answers for both: libgcc (since 8; gcc.gnu.org/PR85100) and compiler-rt read
+// XCR0 with XGETBV and report no AVX without saved YMM state, no AVX-512 without saved mask and ZMM state.  (On macOS
+// compiler-rt leaves the latter out, because that kernel saves ZMM state from its first use on.)
+#include "numoe/kernels/target.h"
+
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "numoe/kernels/kernels.h"
-
 namespace numoe {
 
-extern const KernelTable portable_table;
+extern const KernelTable portable_table, emulated_avx512_table, emulated_avx2_table;
 #ifdef NUMOE_X86
 extern const KernelTable avx2_table, avx512_table;
 #endif
 
 namespace {
 
-constexpr const KernelTable* tables[] = {// best first
+constexpr const KernelTable* known[] = {// best first
 #ifdef NUMOE_X86
-                                         &avx512_table, &avx2_table,
+                                        &avx512_table, &avx2_table,
 #endif
-                                         &portable_table};
+                                        &portable_table};
+constexpr const KernelTable* known_emulated[] = {&emulated_avx512_table, &emulated_avx2_table};
 
-const KernelTable& choose() {
-  const char* wanted = std::getenv("NUMOE_TARGET");
+}  // namespace
+
+std::span<const KernelTable* const> kernel_tables() { return known; }
+std::span<const KernelTable* const> emulated_tables() { return known_emulated; }
+
+const KernelTable& choose_table(std::span<const KernelTable* const> tables,
+                                std::span<const KernelTable* const> emulated, const char* wanted) {
+  const bool any = !wanted || !*wanted;
   std::string names;
   for (const KernelTable* table : tables) {
     if (!table->supported()) continue;
-    if (!wanted || !*wanted || std::strcmp(wanted, table->name) == 0) return *table;
+    if (any || std::strcmp(wanted, table->name) == 0) return *table;
     names += (names.empty() ? "" : ", ") + std::string(table->name);
   }
-  throw std::runtime_error("NUMOE_TARGET='" + std::string(wanted) +
+  for (const KernelTable* table : emulated) {
+    if (!any && std::strcmp(wanted, table->name) == 0) return *table;
+  }
+  throw std::runtime_error("NUMOE_TARGET='" + std::string(any ? "" : wanted) +
                            "' is not a target that this CPU and this build have; set it to one of: " + names +
                            ", or unset it");
 }
 
-}  // namespace
-
-std::span<const KernelTable* const> kernel_tables() { return tables; }
-
 const KernelTable& kernel_table() {
-  static const KernelTable& chosen = choose();
+  static const KernelTable& chosen = choose_table(known, known_emulated, std::getenv("NUMOE_TARGET"));
   return chosen;
 }
 

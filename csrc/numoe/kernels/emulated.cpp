@@ -1,0 +1,18 @@
+// The shapes of avx512.cpp and avx2.cpp under baseline flags: the compiler cuts every wide vector into narrow ones.
+#include "numoe/kernels/elementwise.h"
+
+namespace numoe {
+namespace {
+
+bool everywhere() { return true; }
+
+}  // namespace
+
+extern const KernelTable emulated_avx512_table, emulated_avx2_table;
+const KernelTable emulated_avx512_table = {"emulated-avx512",
+                                           "the shapes of avx512 on the baseline's vectors: for tests", everywhere,
+                                           make_kernels<float, 16, 14>(), make_kernels<double, 8, 14>()};
+const KernelTable emulated_avx2_table = {"emulated-avx2", "the shapes of avx2 on the baseline's vectors: for tests",
+                                         everywhere, make_kernels<float, 8, 6>(), make_kernels<double, 4, 6>()};
+
+}  // namespace numoe

@@ -1,0 +1,299 @@
+"""What the compiler made of the kernels: hot loops in registers, wide instructions only where a CPU check guards them.
+
+The first half reads the module that is imported here, the second half objects that it compiles itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from numoe import _core
+
+SOURCE = Path(__file__).parents[1]
+KERNELS = SOURCE / "csrc" / "numoe" / "kernels"
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 instructions"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF files"),
+    pytest.mark.skipif(not (shutil.which("objdump") and shutil.which("nm")), reason="needs objdump and nm"),
+]
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+
+
+# ── the module in use
+
+
+class Instruction(NamedTuple):
+    address: int
+    mnemonic: str
+    operands: str
+
+    @property
+    def jumps_to(self) -> int | None:
+        target = re.match(r"([0-9a-f]+) <", self.operands)
+        return int(target[1], 16) if target and self.mnemonic.startswith("j") else None
+
+
+@dataclass(frozen=True)
+class Function:
+    name: str  # demangled
+    file: str  # the source file if the symbol is local to it, else ""
+    code: tuple[Instruction, ...]
+
+
+def symbols(binary: str) -> Iterator[tuple[int, str, str]]:
+    """Address, source file and demangled name of every function.
+
+    An ELF symbol table lists a file's name before the symbols that are local to it.  Symbols that other files could
+    have shared - weak ones, merged by the linker, and hidden ones - come after an empty file name.
+    """
+    file = ""
+    for line in output_of("objdump", "-t", "-C", binary).splitlines():
+        entry = re.fullmatch(r"([0-9a-f]+) (.{7}) (\S+)\t[0-9a-f]+\s+(?:\.hidden )?(.*)", line)
+        if not entry:
+            continue
+        address, flags, _section, name = entry.groups()
+        if flags.endswith("f"):
+            file = name
+        elif flags.endswith("F"):
+            yield int(address, 16), file if flags.startswith("l") else "", name
+
+
+@functools.cache
+def functions() -> tuple[Function, ...]:
+    names = {address: (file, name) for address, file, name in symbols(_core.__file__)}
+    if not any(file.endswith(".cpp") for file, _ in names.values()):
+        pytest.skip("the module is stripped of its symbols")
+    if any("__asan_" in name or "__tsan_" in name for name in output_of("nm", "-D", _core.__file__).splitlines()):
+        pytest.skip("sanitizers add memory accesses everywhere")
+    bodies: dict[int, list[Instruction]] = {}
+    for line in output_of("objdump", "-d", "--no-show-raw-insn", _core.__file__).splitlines():
+        if start := re.match(r"([0-9a-f]+) <", line):
+            body = bodies.setdefault(int(start[1], 16), [])
+        elif found := re.match(r"\s+([0-9a-f]+):\t(\S+) *(.*)", line):
+            body.append(Instruction(int(found[1], 16), found[2], found[3]))
+    found_names = [(*names.get(address, ("", hex(address))), code) for address, code in bodies.items()]
+    return tuple(Function(name, file, tuple(code)) for file, name, code in found_names)
+
+
+TILE = re.compile(r"numoe::\(anonymous namespace\)::tile(_bf16)?_of_height<(.*), (\d+)>\(")  # the last number: height
+REGISTERS = {"avx512": ("zmm", 64), "avx2": ("ymm", 32), "portable": ("xmm", 16)}  # and their bytes
+WEIGHTS = ("float32", "float64", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Tile:
+    height: int
+    function: Function
+
+    @functools.cached_property
+    def hot_loop(self) -> tuple[Instruction, ...]:
+        """The innermost loop that multiplies; there is one."""
+        code = self.function.code
+        jumps = [(i.jumps_to, i.address) for i in code if i.jumps_to is not None]
+        loops = [(a, b) for a, b in jumps if code[0].address <= a <= b]
+        bodies = [tuple(i for i in code if a <= i.address <= b) for a, b in loops]
+        multiplying = [body for body in bodies if multiplications(body)]
+        (innermost,) = (body for body in multiplying if not any(set(other) < set(body) for other in multiplying))
+        return innermost
+
+
+def multiplications(code: tuple[Instruction, ...]) -> list[Instruction]:
+    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]", i.mnemonic)]
+
+
+def stack_accesses(function: Function, code: tuple[Instruction, ...]) -> list[str]:
+    """Operands in the stack frame; %rbp is a register like any other in functions that do not let it point there."""
+    frame = any(i.mnemonic == "mov" and i.operands == "%rsp,%rbp" for i in function.code)
+    base = "%r[sb]p" if frame else "%rsp"
+    return [f"{i.mnemonic} {i.operands}" for i in code if re.search(rf"\({base}\b", i.operands)]
+
+
+def shape(target: str, weights: str) -> tuple[int, int]:
+    """Rows and columns of the largest tile."""
+    facts = next(t for t in _core.targets() if t["name"] == target)
+    rows, columns = facts["float64_tile" if weights == "float64" else "float32_tile"]
+    return rows, columns
+
+
+def tiles(target: str, weights: str) -> list[Tile]:
+    found = []
+    for function in functions():
+        match = TILE.match(function.name.removeprefix("void "))
+        if match and function.file == f"{target}.cpp":
+            kind = "bfloat16" if match[1] else "float64" if "double" in match[2] else "float32"
+            found += [Tile(int(match[3]), function)] if kind == weights else []
+    return sorted(found, key=lambda tile: tile.height)
+
+
+@pytest.fixture
+def _optimised() -> None:
+    if _core.build_info()["build_type"] == "Debug":
+        pytest.skip("an unoptimised build spills everything")
+
+
+@pytest.mark.usefixtures("_optimised")
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("target", REGISTERS)
+def test_every_tile_height_is_there(target: str, weights: str) -> None:
+    """The tests below look at what they find; this one says what there must be."""
+    heights = list(range(1, shape(target, weights)[0] + 1))
+    assert [tile.height for tile in tiles(target, weights)] == heights
+
+
+@pytest.mark.usefixtures("_optimised")
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("target", REGISTERS)
+def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, weights: str) -> None:
+    register, width = REGISTERS[target]
+    columns = shape(target, weights)[1] * (8 if weights == "float64" else 4) // width
+    steps = 2 if weights == "bfloat16" else 1  # numbers of k that one load of weights serves
+    multiply = rf"{'mul' if target == 'portable' else 'vfmadd...'}p{'d' if weights == 'float64' else 's'}"
+    for tile in tiles(target, weights):
+        products = multiplications(tile.hot_loop)
+        assert len(products) % (steps * tile.height * columns) == 0, tile.function.name  # more than once if unrolled
+        for product in products:
+            assert re.fullmatch(multiply, product.mnemonic), (tile.function.name, product)
+            assert re.search(rf"%{register}\d+$", product.operands), (tile.function.name, product)
+
+
+SPILLING = pytest.mark.xfail(strict=True, reason="the full height lacks a register for the pairs and the mask")
+
+
+@pytest.mark.usefixtures("_optimised")
+@pytest.mark.parametrize(
+    ("target", "weights"),
+    [
+        pytest.param(target, weights, marks=SPILLING if weights == "bfloat16" else ())
+        for target, weights in itertools.product(REGISTERS, WEIGHTS)
+    ],
+)
+def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> None:
+    for tile in tiles(target, weights):
+        assert stack_accesses(tile.function, tile.hot_loop) == [], tile.function.name
+
+
+# The loops that measure a CPU: their callers ask for the CPU's features, as those of the targets do.
+PROBES = re.compile(r"numoe_peak_avx(2|512)_f(32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<\w+>\(.*")
+BEYOND_AVX2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
+
+
+def is_wide(instruction: Instruction) -> bool:
+    """Whether a CPU without AVX stops here: all names of AVX and AVX-512 begin with v, or with k for masks."""
+    return instruction.mnemonic.startswith("v") or re.search(r"%[yz]mm|%k[0-7]", instruction.operands) is not None
+
+
+def test_wide_instructions_are_only_in_functions_of_their_own_target() -> None:
+    """A function that two files share - a template, an inline function - is merged into one of its copies.
+
+    If that is the copy of a wide target, every CPU runs it.
+    """
+    assert sum(any(map(is_wide, f.code)) for f in functions()) > 50  # tiles and activations: the test sees them
+    strays = [
+        function.name
+        for function in functions()
+        if any(map(is_wide, function.code))
+        and not (function.file in ("avx2.cpp", "avx512.cpp") and "numoe::(anonymous namespace)::" in function.name)
+        and not PROBES.fullmatch(function.name)
+    ]
+    assert strays == []
+
+
+def test_avx2_needs_nothing_beyond_avx2() -> None:
+    for function in functions():
+        if function.file == "avx2.cpp" or re.search("(numoe_peak|read)_avx2", function.name):
+            assert not [i for i in function.code if BEYOND_AVX2.search(i.operands)], function.name
+
+
+# ── objects, compiled here
+
+KERNEL_FILES = sorted(path.stem for path in KERNELS.glob("*.cpp") if path.stem != "target")
+LIBRARY = {"memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf"}  # of C
+COMPILER = {"_GLOBAL_OFFSET_TABLE_", "__cpu_model", "__cpu_indicator_init", "__stack_chk_fail"}
+
+
+@dataclass(frozen=True)
+class Symbol:
+    name: str  # demangled
+    kind: str  # as nm says it
+
+    @property
+    def undefined(self) -> bool:
+        return self.kind in "Uvw"
+
+    @property
+    def shared(self) -> bool:
+        """Whether the linker sees it from other files: global, weak or unique."""
+        return not self.undefined and (self.kind.isupper() or self.kind == "u")
+
+
+def flags_of(stem: str) -> list[str]:
+    """What CMakeLists.txt adds for one file."""
+    text = (SOURCE / "CMakeLists.txt").read_text(encoding="utf-8")
+    found = re.search(rf'kernels/{stem}\.cpp PROPERTIES\s+COMPILE_OPTIONS "(.*)"', text)
+    return found[1].split(";") if found else []
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Symbol]]:
+    """The symbols of every kernel file, compiled without optimisation: inline functions then show as what they are."""
+    if not KERNEL_FILES:
+        pytest.skip("the C++ sources are not here")
+    compiler = next(filter(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"]), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    symbols = {}
+    for stem in KERNEL_FILES:
+        target = tmp_path_factory.mktemp("objects") / f"{stem}.o"
+        options = ["-std=c++20", "-fPIC", "-fvisibility=hidden", *flags_of(stem), "-O0"]
+        output_of(compiler, *options, "-I", SOURCE / "csrc", "-c", KERNELS / f"{stem}.cpp", "-o", target)
+        lines = [re.fullmatch(r"[0-9a-f ]{16} (\w) (.*)", line) for line in output_of("nm", "-C", target).splitlines()]
+        symbols[stem] = [Symbol(line[2], line[1]) for line in lines if line]
+    return symbols
+
+
+def test_flags_are_found() -> None:
+    assert "-mavx512f" in flags_of("avx512") and "-mavx2" in flags_of("avx2")
+
+
+@pytest.mark.parametrize("stem", KERNEL_FILES)
+def test_a_kernel_file_shares_nothing_but_its_table(objects: dict[str, list[Symbol]], stem: str) -> None:
+    shared = {symbol.name for symbol in objects[stem] if symbol.shared}
+    assert any(name.endswith("_table") for name in shared)
+    strays = {name for name in shared if not re.match(r"numoe::\w+_table(::\{lambda|$)", name)}  # and its lambdas
+    assert strays == set()
+
+
+def test_no_two_kernel_files_define_one_name(objects: dict[str, list[Symbol]]) -> None:
+    shared = {stem: {symbol.name for symbol in found if symbol.shared} for stem, found in objects.items()}
+    assert len(shared) >= 4
+    for a, b in itertools.combinations(shared, 2):
+        assert shared[a] & shared[b] == set()
+
+
+@pytest.mark.parametrize("stem", KERNEL_FILES)
+def test_a_kernel_file_calls_only_the_c_library(objects: dict[str, list[Symbol]], stem: str) -> None:
+    undefined = {symbol.name for symbol in objects[stem] if symbol.undefined}
+    assert undefined <= LIBRARY | COMPILER
+
+
+@pytest.mark.parametrize("stem", KERNEL_FILES)
+def test_a_kernel_file_runs_nothing_when_it_is_loaded(objects: dict[str, list[Symbol]], stem: str) -> None:
+    """Initialisers would be compiled for the target, and run on every CPU."""
+    assert not [
+        symbol.name for symbol in objects[stem] if re.search("_GLOBAL__|static_init|global_var_init", symbol.name)
+    ]
