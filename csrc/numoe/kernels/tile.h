@@ -104,10 +104,11 @@ void tile_bf16_of_height(const TileArgs<float, bfloat16>& args) {
   for (Index k = args.depth; k > 0; k -= 2, a += 2 * R, b += 4 * N, ahead += step) {
     ask_near<8 * N>(b, near);
     __builtin_prefetch(ahead, 0, 2);
-    const I left = load<I>(b), right = load<I>(b + 2 * N);
-    sums.multiply_add(a, reinterpret<V>(left << 16), reinterpret<V>(right << 16));
+    sums.multiply_add(a, reinterpret<V>(load<I>(b) << 16), reinterpret<V>(load<I>(b + 2 * N) << 16));
     if (k == 1) break;
-    sums.multiply_add(a + R, reinterpret<V>(left & high_half), reinterpret<V>(right & high_half));
+    const bfloat16* again = forget(b);  // a second load is cheaper than two registers for the pairs
+    sums.multiply_add(a + R, reinterpret<V>(load<I>(again) & high_half),
+                      reinterpret<V>(load<I>(again + 2 * N) & high_half));
   }
   sums.finish(args.c, args.c_stride, args.store);
 }
