@@ -1,8 +1,11 @@
 """Optimisers against steps worked out by hand and against torch, continuation, schedules, and refusals."""
 
+import functools
 import math
 import pickle
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numoe import optim
@@ -377,3 +380,32 @@ def test_running_out_of_memory_comes_before_any_change(monkeypatch):
     with pytest.raises(MemoryError):
         optimizer.step(steps[0])
     assert all(params[name].tobytes() == before[name].tobytes() for name in params)
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, functools.partial(optim.SGD, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_bfloat16_parameters_follow_their_float32_master(make: Any) -> None:
+    """Steps far below the last bit of bfloat16 add up, as in float32."""
+    rng = np.random.default_rng(0)
+    exact = {"w": rng.standard_normal((5, 4)).astype(ml_dtypes.bfloat16).astype(np.float32)}
+    narrow = {"w": exact["w"].astype(ml_dtypes.bfloat16)}
+    one, other = make(exact, lr=1e-5), make(narrow, lr=1e-5)
+    start = narrow["w"].copy()
+    for _ in range(3000):
+        grads = {"w": rng.standard_normal((5, 4)).astype(np.float32) + 1}
+        one.step(grads)
+        other.step(grads)
+    assert np.array_equal(narrow["w"], exact["w"].astype(ml_dtypes.bfloat16))
+    assert not np.array_equal(narrow["w"], start)
+    assert other.state_dict()["master.w"].dtype == np.float32
+
+
+def test_a_changed_bfloat16_parameter_replaces_its_master() -> None:
+    params = {"w": np.ones(3, ml_dtypes.bfloat16)}
+    optimiser = optim.SGD(params, lr=0.5)
+    params["w"][1] = 8
+    optimiser.step({"w": np.ones(3, np.float32)})
+    assert params["w"].astype(float).tolist() == [0.5, 7.5, 0.5]
+    with pytest.raises(
+        TypeError, match=r"grads\['w'\] must have for a bfloat16 parameter, dtype float32; got bfloat16"
+    ):
+        optimiser.step({"w": np.ones(3, ml_dtypes.bfloat16)})

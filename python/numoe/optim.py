@@ -1,6 +1,7 @@
 r"""Optimisers that change a dict of arrays in place, schedules, and gradient clipping.
 
->>> import numpy as np
+>>> import ml_dtypes
+import numpy as np
 >>> params = {"w": np.array([1.0, -2.0])}
 >>> optimizer = SGD(params, lr=0.1)
 >>> optimizer.step({"w": np.array([10.0, 0.0])})
@@ -135,10 +136,10 @@ def flatten(tree: Mapping[str, Any], name: str = "params") -> dict[str, Array]:
 
 
 def _check_writable(arrays: Mapping[str, Array], name: str) -> None:
-    """Every array is native float32 or float64, may be written, and shares no memory with another one."""
+    """Every array is native float32, float64 or bfloat16, may be written, and shares no memory with another one."""
     for key, array in arrays.items():
-        if array.dtype not in (np.float32, np.float64):
-            raise TypeError(f"{name}[{key!r}] must be float32 or float64; got dtype {array.dtype}.")
+        if array.dtype not in (np.float32, np.float64, ml_dtypes.bfloat16):
+            raise TypeError(f"{name}[{key!r}] must be float32, float64 or bfloat16; got dtype {array.dtype}.")
         if not array.flags.writeable:
             raise ValueError(f"{name}[{key!r}] is read-only and cannot be changed in place; pass a writable array.")
     spans = sorted((*np.lib.array_utils.byte_bounds(a), key) for key, a in arrays.items() if a.size)
@@ -147,6 +148,11 @@ def _check_writable(arrays: Mapping[str, Array], name: str) -> None:
         if start < end and np.shares_memory(arrays[first], arrays[second]):
             raise ValueError(f"{name}[{first!r}] and {name}[{second!r}] share memory; give each array once.")
         end, first = max((end, first), (stop, second))
+
+
+def _work_dtype(param: Array) -> np.dtype[Any]:
+    """Of a parameter's gradient, of its slots and of the arithmetic: float32 for bfloat16, else its own."""
+    return np.dtype(np.float32) if param.dtype == ml_dtypes.bfloat16 else param.dtype
 
 
 def _check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) -> None:
@@ -163,8 +169,9 @@ def _check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) ->
         grad = grads[name]
         if grad.shape != param.shape:
             raise ValueError(f"grads[{name!r}] must have the parameter's shape {param.shape}; got {grad.shape}.")
-        if grad.dtype != param.dtype:
-            raise TypeError(f"grads[{name!r}] must have the parameter's dtype {param.dtype}; got {grad.dtype}.")
+        if grad.dtype != _work_dtype(param):
+            like = "the parameter's dtype" if _work_dtype(param) == param.dtype else "for a bfloat16 parameter, dtype"
+            raise TypeError(f"grads[{name!r}] must have {like} {_work_dtype(param)}; got {grad.dtype}.")
         if np.may_share_memory(grad, param):
             raise ValueError(f"grads[{name!r}] shares memory with its parameter; pass a separate array.")
 
@@ -270,7 +277,12 @@ class _Optimizer:
         patterns = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
         exempt = _multipliers(list(flat), dict.fromkeys(patterns, 0.0), "no_decay")
         self._decays = {name: factor != 0.0 for name, factor in exempt.items()}
-        self._state = {name: {slot: np.zeros_like(p) for slot in self._slots} for name, p in flat.items()}
+        self._state = {name: self._new_slots(param) for name, param in flat.items()}
+
+    def _new_slots(self, param: Array) -> dict[str, Array]:
+        """Zeros, and for a bfloat16 parameter its float32 master copy: most steps are smaller than its last bit."""
+        slots = {slot: np.zeros(param.shape, _work_dtype(param)) for slot in self._slots}
+        return slots if _work_dtype(param) == param.dtype else {"master": param.astype(np.float32), **slots}
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -298,7 +310,7 @@ class _Optimizer:
         Parameters
         ----------
         grads : dict of arrays, may be nested
-            Exactly one gradient per parameter, of its shape and dtype.  Not changed.
+            Exactly one gradient per parameter, of its shape and dtype (float32 for bfloat16).  Not changed.
 
         Raises
         ------
@@ -312,16 +324,23 @@ class _Optimizer:
         _check_gradients(gradients, params)
         self._checked(self._settings())
         lr = self.current_lr()
-        size = max((param.nbytes for param in params.values()), default=0)
+        size = max((param.size * _work_dtype(param).itemsize for param in params.values()), default=0)
         scratch = (
             np.empty(size, np.uint8),
             np.empty(size, np.uint8),
         )  # memory is taken before anything changes
         for name, param in params.items():
-            work = tuple(s[: param.nbytes].view(param.dtype).reshape(param.shape) for s in scratch)
+            state, dtype = self._state[name], _work_dtype(param)
+            work = tuple(s[: param.size * dtype.itemsize].view(dtype).reshape(param.shape) for s in scratch)
             decay = self.weight_decay if self._decays[name] else 0.0
             rate = lr * self._multiplier[name]
-            self._update(param, gradients[name], self._state[name], rate, decay, work)
+            master = state.get("master")
+            if master is None:
+                self._update(param, gradients[name], state, rate, decay, work)
+                continue
+            np.copyto(master, param, where=master.astype(param.dtype) != param)  # what the user has changed since
+            self._update(master, gradients[name], state, rate, decay, work)
+            param[...] = master
         self.step_count += 1
 
     def _update(
@@ -344,7 +363,7 @@ class _Optimizer:
             )
         for name, slots in self._state.items():
             for slot in slots.values():
-                if (slot.shape, slot.dtype) != (params[name].shape, params[name].dtype):
+                if (slot.shape, slot.dtype) != (params[name].shape, _work_dtype(params[name])):
                     raise ValueError(
                         f"params[{name!r}] was {slot.dtype} {slot.shape} when the optimiser was made and is "
                         f"now {params[name].dtype} {params[name].shape}.  Make a new optimiser."
@@ -410,7 +429,7 @@ class SGD(_Optimizer):
     Parameters
     ----------
     params : dict of arrays, may be nested
-        float32 or float64; changed in place by `step`.  The dict is kept, not copied.
+        float32, float64 or bfloat16; changed in place by `step`.  The dict is kept, not copied.
     lr : float
         η, >= 0; multiplied by ``schedule(step)`` and by the parameter's multiplier.
     momentum : float
