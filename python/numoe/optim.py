@@ -1,6 +1,5 @@
 r"""Optimisers that change a dict of arrays in place, schedules, and gradient clipping.
 
->>> import ml_dtypes
 import numpy as np
 >>> params = {"w": np.array([1.0, -2.0])}
 >>> optimizer = SGD(params, lr=0.1)
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
