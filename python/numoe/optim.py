@@ -1,6 +1,6 @@
 r"""Optimisers that change a dict of arrays in place, schedules, and gradient clipping.
 
-import numpy as np
+>>> import numpy as np
 >>> params = {"w": np.array([1.0, -2.0])}
 >>> optimizer = SGD(params, lr=0.1)
 >>> optimizer.step({"w": np.array([10.0, 0.0])})
