@@ -82,7 +82,7 @@ class Backward : Pipeline<Compute<S>> {
   void down_backward(const ExpertRange& range, T* dh) {
     Workspace<T, 3> dout(rows_of(range) * D_);
     this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
-    const Index block = column_block(D_, F_, W_, num_threads(), this->most_rows(range));
+    const Index block = this->columns_per_task(D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
@@ -165,12 +165,14 @@ class Backward : Pipeline<Compute<S>> {
     const Store store = grads_.store == GradStore::accumulate ? Store::accumulate
                         : streams                             ? Store::stream
                                                               : Store::overwrite;
-    const Index padded = num_panels(n, W_) * W_;
+    const Index padded = num_panels(n, W_) * W_, cols_at_once = 8 * W_;
     Workspace<T, 7> panels(rows_of(range) * padded);
     this->for_pieces(
-        range, [](Index) { return Index{1}; },
-        [&](Index e, Index) {
-          pack_panels(right(e), dispatch_.rows(e), 0, n, W_, panels.data() + start(range, e, padded));
+        range, [&](Index) { return (n + cols_at_once - 1) / cols_at_once; },
+        [&](Index e, Index piece) {
+          const Index col = piece * cols_at_once, rows = dispatch_.rows(e);
+          pack_panels(right(e), rows, col, std::min(cols_at_once, n - col), W_,
+                      panels.data() + start(range, e, padded) + col * rows);
         });
     const RowTiles tiles_of_dw{m, kernel_.tile_rows};
     const Index work_per_tile = kernel_.tile_rows * n * this->most_rows(range);
@@ -217,7 +219,7 @@ class Backward : Pipeline<Compute<S>> {
     if (w_.glu()) this->pack_rows(range, rows(dgate), F_, packed_dgate.data());
     const bool weighted = this->weight_on(WeightOn::input);
     Workspace<T, 10> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
-    const Index block = column_block(2 * F_, D_, W_, num_threads(), rows_of(range));
+    const Index block = this->columns_per_task(2 * F_, D_, this->most_rows(range));
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {

@@ -73,7 +73,7 @@ class Forward : Pipeline<T> {
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
     Workspace<T, 3> inputs(rows_of(range) * D_);
     this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
-    const Index block = column_block(2 * D_, F_, W_, num_threads(), this->most_rows(range));
+    const Index block = this->columns_per_task(2 * D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
@@ -146,7 +146,7 @@ class Forward : Pipeline<T> {
 
   // result (+)= weight * (hidden · w_down + b_down); a task owns its columns and takes the experts in order
   void down(const ExpertRange& range, const T* hidden, MatrixView<T> result) const {
-    const Index block = column_block(F_, D_, W_, num_threads(), rows_of(range));
+    const Index block = this->columns_per_task(F_, D_, this->most_rows(range));
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {
