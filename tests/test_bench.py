@@ -18,6 +18,7 @@ from numoe.__main__ import main
 from numoe.bench import accuracy, compare, contenders, machine, report, scaling, suite, timing, workloads
 from numoe.bench.accuracy import error_against_reference
 from numoe.bench.contenders import Task
+from numoe.bench.machine import Limits
 from numoe.bench.workloads import LAYERS, Cost, cost, make_routings, parse_layer, roofline
 
 TINY = parse_layer("8x2x16x32")
@@ -426,7 +427,7 @@ def test_a_run_prints_an_aligned_table_and_writes_what_it_measured(dtype, tmp_pa
     for cell in run["cells"]:
         for result in cell["contenders"].values():
             assert result["roofline"] == pytest.approx(
-                max(cell["flops"] / cell["peak"], cell["bytes"] / np.mean(result["bandwidth"]))
+                max(cell["flops"] / np.mean(result["peak"]), cell["bytes"] / np.mean(result["bandwidth"]))
             )
             assert result["share"] == pytest.approx(result["roofline"] / result["median"])
             assert result["error"] < 1e-5
@@ -584,14 +585,18 @@ def test_scaling_is_relative_to_the_first(dtype, monkeypatch, tmp_path, capsys):
 
 
 def test_judging_a_timing_by_hand():
-    class Limits:
-        peak, target_peak = 100.0, 25.0
+    def limits(*bandwidths, peaks=(100.0, 100.0)):
+        return tuple(Limits(peak, 0.25, bandwidth) for peak, bandwidth in zip(peaks, bandwidths, strict=True))
 
     work = Cost(flops=200.0, bytes=30.0, working_set=30.0, experts_hit=1.0)
     time_taken = timing.Timing(median=4.0, minimum=3.0, spread=0.0, calls=3, clean=True, cores=1.0)
     # bandwidth 10: memory 3 s, compute 2 s (8 s with the target's vectors)
-    result = suite.judge(time_taken, work, Limits(), (8.0, 12.0), 0.0, "float32")
+    result = suite.judge(time_taken, work, limits(8.0, 12.0), 0.0, "float32")
     assert (result["roofline"], result["bound"], result["share"], result["target_share"]) == (3.0, "memory", 0.75, 2.0)
     assert result["drifted"]
-    assert not suite.judge(time_taken, work, Limits(), (10.0, 10.0), 0.0, "float32")["drifted"]
-    assert suite.judge(time_taken, work, Limits(), (10.0, 10.0), float("nan"), "float32")["wrong"]
+    assert not suite.judge(time_taken, work, limits(10.0, 10.0), 0.0, "float32")["drifted"]
+    assert suite.judge(time_taken, work, limits(10.0, 10.0), float("nan"), "float32")["wrong"]
+    # a machine at half its speed: compute 4 s
+    result = suite.judge(time_taken, work, limits(10.0, 10.0, peaks=(60.0, 40.0)), 0.0, "float32")
+    assert (result["roofline"], result["bound"], result["share"]) == (4.0, "compute", 1.0)
+    assert result["drifted"]

@@ -6,6 +6,7 @@ import ctypes
 import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ class Machine:
         """The peak now; beside `peak` it shows whether the machine changed its speed during the run."""
         return self._peak(self.best_vectors, self.threads, seconds)
 
+    def limits(self, working_set: float, seconds: float) -> Limits:
+        """What the machine can do now: others may share its cores, its clock and its memory."""
+        peak = _core.probe_peak(self.best_vectors, self.peak_dtype, self.threads, seconds)
+        return Limits(peak, self.target_peak / self.peak, self.bandwidth(working_set))
+
     def bandwidth(self, working_set: float) -> float:
         """Bytes per second now from a buffer as large as `working_set`: from the same cache or memory."""
         return float(self._buffer.rate(int(min(max(working_set, 4096), DRAM_SIZE)), self.threads))
@@ -117,6 +123,15 @@ def _has_bfloat16_probe(names: list[str]) -> bool:
         return _core.probe_peak(names[0], "bfloat16", 1, 0.001) > 0
     except ValueError:
         return False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the machine, at one moment."""
+
+    peak: float  # FLOP/s
+    target_share: float  # of that peak: what the vectors of the running target reach
+    bandwidth: float  # bytes/s
 
 
 def settle() -> None:

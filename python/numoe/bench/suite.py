@@ -17,7 +17,7 @@ import numoe
 from numoe.bench import report
 from numoe.bench.accuracy import Sample, checked_tokens, error_against_reference, error_of_sample, is_wrong, sample
 from numoe.bench.contenders import CONTENDERS, Array, ContenderUnavailableError, Prepare, Runner, Task
-from numoe.bench.machine import DRAM_SIZE, Machine, available_memory, set_blas_threads, settle
+from numoe.bench.machine import DRAM_SIZE, Limits, Machine, available_memory, set_blas_threads, settle
 from numoe.bench.peers import COPIES, PEERS, versions
 from numoe.bench.timing import Timing, measure
 from numoe.bench.workloads import (
@@ -256,11 +256,11 @@ class LayerRun:
         runner.prepare(routings)
         work = Cost(**{field.name: row[field.name] for field in dataclasses.fields(Cost)})
         settle()
-        before = self._machine.bandwidth(work.working_set)
+        before = self._machine.limits(work.working_set, self._settings.probe_seconds)
         timing = measure(call, seconds=self._settings.seconds)
         settle()
-        after = self._machine.bandwidth(work.working_set)
-        return judge(timing, work, self._machine, (before, after), error, self._dtype)
+        after = self._machine.limits(work.working_set, self._settings.probe_seconds)
+        return judge(timing, work, (before, after), error, self._dtype)
 
     def _error(self, name: str, runner: Runner, cell: Cell) -> float:
         """Of some rows of the cell's own call; for gradients also of a small call, with those of the weights."""
@@ -305,22 +305,23 @@ class LayerRun:
         return {"layer": self._shape.name, "tokens": tokens, "dtype": self._dtype, **times}
 
 
-def judge(
-    timing: Timing, work: Cost, machine: Machine, bandwidths: tuple[float, float], error: float, dtype: str
-) -> report.Row:
-    """A timing beside what the machine allows."""
-    bandwidth = sum(bandwidths) / 2
-    best, bound = roofline(work, machine.peak, bandwidth)
-    best_of_target, _ = roofline(work, machine.target_peak, bandwidth)
-    drift = max(bandwidths) / min(bandwidths) - 1
+def judge(timing: Timing, work: Cost, limits: tuple[Limits, Limits], error: float, dtype: str) -> report.Row:
+    """A timing beside what the machine allowed right before and after it."""
+    peaks, bandwidths = [now.peak for now in limits], [now.bandwidth for now in limits]
+    peak, bandwidth = sum(peaks) / 2, sum(bandwidths) / 2
+    best, bound = roofline(work, peak, bandwidth)
+    best_of_target, _ = roofline(work, peak * limits[0].target_share, bandwidth)
+    moved = bandwidths if bound == "memory" else peaks
+    drift = max(moved) / min(moved) - 1
     return {
         **dataclasses.asdict(timing),
+        "peak": peaks,
         "bandwidth": bandwidths,
         "roofline": best,
         "bound": bound,
         "share": best / timing.median,
         "target_share": best_of_target / timing.median,
-        "drifted": bound == "memory" and drift > _DRIFT,
+        "drifted": drift > _DRIFT,
         "error": error,
         "wrong": is_wrong(error, dtype),
     }
