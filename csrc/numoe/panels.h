@@ -104,8 +104,15 @@ class RowMajor {
     for (Index k = 0; k < rows.depth; k += depth_at_once) {
       args.depth = std::min(depth_at_once, rows.depth - k);
       args.store = k == 0 ? store : Store::accumulate;
+      const T* widened = nullptr;
+      if constexpr (!std::is_same_v<S, T>) widened = widen_rows(j, count, k, args.depth);
       for (Index p = 0; p < count; ++p) {
-        set_rows(args, j + p, k, tiles);
+        if (widened) {
+          args.b = widened + p * W_;
+          args.b_stride = count * W_;
+        } else {
+          set_rows(args, j + p, k, tiles);
+        }
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
           args.a = rows.tile(i) + k * height;
@@ -125,25 +132,29 @@ class RowMajor {
   static constexpr Index next_panel = 128, one_cache_away = 1024;  // bytes
   static bool few(Index tiles) { return tiles <= 2; }
 
-  // b = rows [k, k + depth) of panel j: in place, or packed where they pay for it or must be widened or padded.
+  // Rows [k, k + depth) of panels [j, j + count) in the type of the arithmetic: [depth][count * W].
+  const T* widen_rows(Index j, Index count, Index k, Index depth) const {
+    const Index width = count * W_, valid = std::min(width, cols_ - j * W_);
+    T* wide = scratch<T, 0>(depth * width);
+    for (Index i = 0; i < depth; ++i) {
+      kernels<T>().widen(valid, b_.row(k + i) + col_ + j * W_, wide + i * width);
+      std::fill_n(wide + i * width + valid, width - valid, T(0));
+    }
+    return wide;
+  }
+
+  // b = rows [k, k + depth) of panel j: in place, or packed where that pays or they must be padded.
   void set_rows(TileArgs<T>& args, Index j, Index k, Index tiles) const {
-    const Index valid = std::min(W_, cols_ - j * W_);
-    const S* source = b_.row(k) + col_ + j * W_;
-    T* panel = scratch<T, 0>(args.depth * W_);
-    args.b = panel;
-    args.b_stride = W_;
     if constexpr (std::is_same_v<S, T>) {
-      if (valid < W_ || !few(tiles)) {
-        pack_panels(Operand<T>{source, b_.stride, 1}, args.depth, 0, valid, W_, panel);
-      } else {
-        args.b = source;
-        args.b_stride = b_.stride;
-      }
-    } else {
-      for (Index i = 0; i < args.depth; ++i, source += b_.stride) {
-        kernels<T>().widen(valid, source, panel + i * W_);
-        std::fill_n(panel + i * W_ + valid, W_ - valid, T(0));
-      }
+      const Index valid = std::min(W_, cols_ - j * W_);
+      const T* source = b_.row(k) + col_ + j * W_;
+      args.b = source;
+      args.b_stride = b_.stride;
+      if (valid == W_ && few(tiles)) return;
+      T* panel = scratch<T, 0>(args.depth * W_);
+      pack_panels(Operand<T>{source, b_.stride, 1}, args.depth, 0, valid, W_, panel);
+      args.b = panel;
+      args.b_stride = W_;
     }
   }
 

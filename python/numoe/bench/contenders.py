@@ -20,7 +20,7 @@ from numoe import reference
 from numoe.bench.workloads import Routings
 from numoe.config import EXPERT_PARAMS, ExpertConfig, RouterConfig, SharedExpertConfig
 from numoe.experts import experts_forward
-from numoe.layer import MoELayer
+from numoe.layer import MoEGrads, MoELayer
 from numoe.routing import Routing, dispatch
 
 Array = npt.NDArray[Any]
@@ -108,6 +108,7 @@ class Numoe(Runner):
     def __init__(self, task: Task) -> None:
         self._layer = layer = _bfloat16_layer(task.layer) if task.dtype == "bfloat16" else task.layer
         self._config = layer.config
+        self._grads: MoEGrads | None = None  # of the last step: their arrays are used again, as in training
         shared = layer.config.shared
         if shared is not None:
             self._shared = {
@@ -133,7 +134,7 @@ class Numoe(Runner):
     def forward_backward(self, x: Array, indices: Array, weights: Array, dy: Array) -> Step:
         """``layer.forward`` and ``layer.backward``."""
         out = self._layer.forward(x, indices=indices, weights=weights)
-        grads = self._layer.backward(dy, out)
+        self._grads = grads = self._layer.backward(dy, out, into=self._grads)
         assert grads.weights is not None
         return Step(out.y, grads.x, grads.weights, lambda: grads.params)
 
