@@ -358,6 +358,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "B70 row twice": (combine(row_assignment=repeated(plan().row_assignment)), "ValueError: row_assignment"),
     "B70 token range": (combine(row_token=plan().row_token + 1),
         r"ValueError: row_token\[\d+\] = 6 is not in 0\.\.5"),
+    "B70 no offsets": (combine(offsets=plan().offsets[:0]), "ValueError: offsets must hold E . 1 numbers"),
     "B70 offsets": (combine(offsets=plan().offsets[::-1].copy()), "ValueError: offsets must ascend"),
     "B70 no plan": (lambda: numoe.combine(np.ones((T, D)), None), "TypeError: plan must be a numoe.Dispatch"),
     "B70 no plan for experts": (lambda: numoe.experts_forward(X, INDICES, make().params, make().config.experts),

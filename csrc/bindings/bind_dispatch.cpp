@@ -30,7 +30,11 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
                                const py::object& groups_, const std::string& priority_) {
   Dims dims;
   auto indices = dims.matrix<std::int32_t>(indices_, "indices", "T K");
-  if (num_experts < 1) throw py::value_error("num_experts must be >= 1; got " + std::to_string(num_experts));
+  constexpr Index most_experts = std::numeric_limits<std::int32_t>::max();  // indices are 32-bit
+  if (num_experts < 1 || num_experts > most_experts) {
+    throw py::value_error("num_experts must be in 1.." + std::to_string(most_experts) + "; got " +
+                          std::to_string(num_experts));
+  }
   check_assignments(dims["T"], dims["K"]);
   dims.bind("E+1", num_experts + 1);
   auto offsets = dims.empty<std::int64_t>("E+1");

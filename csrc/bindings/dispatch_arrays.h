@@ -46,6 +46,7 @@ inline void check_one_row_each(const DispatchView& view, Index num_assignments, 
 inline DispatchView dispatch_view(Dims& dims, const py::array& offset_, const py::array& row_token_,
                                   const py::array& row_assignment_) {
   check_assignments(dims["T"], dims["K"]);
+  if (dims["E"] < 0) throw py::value_error("offsets must hold E + 1 numbers; got none; use numoe.dispatch");
   dims.bind("E+1", dims["E"] + 1);
   DispatchView view{dims.vector<std::int64_t>(offset_, "offsets", "E+1"),
                     dims.vector<std::int32_t>(row_token_, "row_token", "M"),
