@@ -44,8 +44,8 @@ endforeach()
 list(JOIN preload ":" preload)
 
 # PYTHONMALLOC: a block of its own for every object, or the sanitizer would not see their ends.
-add_test(NAME python COMMAND ${Python_EXECUTABLE} -m pytest -q -p no:cacheprovider --timeout 1200 ${chosen}
+add_test(NAME python COMMAND ${Python_EXECUTABLE} -m pytest -q -s -p no:cacheprovider --timeout 1200 ${chosen}
          WORKING_DIRECTORY ${CMAKE_SOURCE_DIR}/tests)
 set_tests_properties(python PROPERTIES ENVIRONMENT
   "PYTHONPATH=${CMAKE_BINARY_DIR}/python;LD_PRELOAD=${preload};PYTHONMALLOC=malloc;OPENBLAS_NUM_THREADS=1;\
-ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0:allocator_may_return_null=1:max_allocation_size_mb=2000;UBSAN_OPTIONS=print_stacktrace=1;TSAN_OPTIONS=halt_on_error=1")
+ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0:allocator_may_return_null=1:max_allocation_size_mb=2000;UBSAN_OPTIONS=print_stacktrace=1;TSAN_OPTIONS=halt_on_error=1:suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp")

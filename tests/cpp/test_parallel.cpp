@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -207,10 +208,25 @@ void test_three_workers_have_three_numbers() {
   CHECK(numbers == 0b111);
 }
 
-void test_waiting_caller_is_woken() {  // by the last helper, not by its own look at the clock every 20 ms
-  const auto start = Clock::now();
-  for (int round = 0; round < 100; ++round) run_on_both([] {}, [] { std::this_thread::sleep_for(milliseconds(1)); });
-  CHECK(seconds_since(start) < 1.5);
+// The median of 100 times, in seconds.
+template <class Body>
+double median_seconds(Body body) {
+  std::vector<double> times;
+  for (int i = 0; i < 100; ++i) {
+    const auto start = Clock::now();
+    body();
+    times.push_back(seconds_since(start));
+  }
+  std::sort(times.begin(), times.end());
+  return times[50];
+}
+
+// By the last helper, not by its own look at the clock every 20 ms.  How long a wake-up takes beside the machine's other
+// work, the operating system shows.
+void test_waiting_caller_is_woken() {
+  const auto task = [] { std::this_thread::sleep_for(milliseconds(1)); };
+  const double join = median_seconds([&] { std::thread(task).join(); });
+  CHECK(median_seconds([&] { run_on_both([] {}, task); }) < 2 * join + 0.012);
 }
 
 // ── Exceptions ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -397,12 +413,13 @@ void test_interrupt() {
   main_thread = std::this_thread::get_id();
   numoe::set_interrupt_check(check_interrupt);
   const auto task = [](Index) { std::this_thread::sleep_for(milliseconds(2)); };
+  const auto long_task = [](Index) { std::this_thread::sleep_for(milliseconds(20)); };
   for (const int threads : {1, 2, 4}) {
     CHECK(interrupt_latency([&] { parallel_for(1'000'000, task, threads); }) < 0.3);
   }
   CHECK(interrupt_latency([&] {  // inside a nested call
-          parallel_for(2, [&](Index) { parallel_for(300, task); }, 2);
-        }) < 0.7);  // the helper's task ends after 0.6 s: documented, a task that long delays the exception
+          parallel_for(2, [&](Index) { parallel_for(30, long_task); }, 2);
+        }) < 0.8);  // the helper's task ends after 0.6 s: documented, a task that long delays the exception
   CHECK(interrupt_latency([&] {  // in a row of short calls
           for (;;) parallel_for(4, task);
         }) < 0.3);
