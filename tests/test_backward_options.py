@@ -94,6 +94,43 @@ def test_many_rows_per_expert_in_several_blocks() -> None:
         numoe.testing.assert_close(grads.params[name], gradient, scale=np.abs(gradient).max() * 10)
 
 
+def misplaced(like: np.ndarray) -> np.ndarray:
+    """Zeros that start in the middle of a cache line."""
+    memory = np.zeros(like.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + 16
+    return memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("tokens", [24, 300, 2300])  # rows per expert: few, some tiles, more than one block
+def test_large_matrices_give_the_bits_of_small_steps(tokens: int, dtype: str) -> None:
+    """Large gradients go past the caches, and tiles of large products carry what the next ones read.
+
+    The same numbers take other ways where arrays start inside a cache line, are added to or are packed.
+    """
+    config = numoe.MoEConfig.from_options(d_model=528, d_ff=1040, num_experts=4, top_k=1, dtype=dtype)
+    layer = numoe.MoELayer(config=config, rng=0)
+    rng = np.random.default_rng(1)
+    x, dy = (rng.standard_normal((tokens, 528)).astype(layer.dtype) for _ in range(2))
+    out = layer.forward(x)
+    if dtype != "bfloat16" or "bf16" not in numoe._core.target():  # dot products round
+        assert_bitwise_equal(layer.pack()(x), out.y)
+    grads = layer.backward(dy, out)
+    elsewhere = numoe.MoEGrads(x=grads.x, params={name: misplaced(value) for name, value in grads.params.items()})
+    added = layer.backward(dy, out, into=elsewhere, accumulate=True)
+    for name, gradient in grads.params.items():
+        assert_bitwise_equal(added.params[name], gradient, name=name)
+    alone = layer.forward(x[:1])
+    assert_bitwise_equal(alone.y, out.y[:1])
+    assert_bitwise_equal(layer.backward(dy[:1], alone).x, grads.x[:1])
+
+
+def test_new_gradients_start_on_cache_lines() -> None:
+    layer, problem, out = setup(10, dtype="float32")
+    grads = layer.backward(problem.dy, out).params
+    assert [grads[name].ctypes.data % 64 for name in ("w_gate", "w_up", "w_down")] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -27,6 +27,17 @@ namespace numoe::bindings {
 
 namespace py = pybind11;
 
+// What numpy.zeros or numpy.empty makes, but from the start of a cache line on: vectors that cross lines cost twice, and
+// only whole lines can be stored past the caches.
+inline py::array line_aligned(const char* make, const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
+  constexpr Index line = 64;
+  Index bytes = dtype.itemsize();
+  for (const py::ssize_t size : shape) bytes = checked_product(bytes, size);
+  const py::array memory = py::module_::import("numpy").attr(make)(bytes + line, "u1");
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  return py::array(dtype, shape, reinterpret_cast<const void*>((address + line - 1) / line * line), memory);
+}
+
 // Calls f.template operator()<T>() with the C++ type of the array's dtype (float32 or float64).
 template <class F>
 auto with_dtype(const py::array& array, F&& f) {

@@ -65,7 +65,7 @@ class GradArrays {
     Index busy = 0;
     for (Index e = 0; e < dispatch.num_experts(); ++e) busy += dispatch.rows(e) != 0;
     const bool mostly_busy = 2 * busy >= dispatch.num_experts();
-    make_ = py::module_::import("numpy").attr(mostly_busy ? "empty" : "zeros");
+    make_ = mostly_busy ? "empty" : "zeros";
     grads.store = accumulate                       ? GradStore::accumulate
                   : mostly_busy || !into.is_none() ? GradStore::overwrite
                                                    : GradStore::fresh;
@@ -80,14 +80,8 @@ class GradArrays {
 
  private:
   py::array array(const char* name, const char* letters) {
-    py::array found;
-    if (into_.is_none()) {
-      py::list shape;
-      for (const py::ssize_t size : dims_.shape(letters)) shape.append(size);
-      found = make_(shape, py::dtype::of<T>());
-    } else {
-      found = Dims::as_array(into_[name], name);
-    }
+    const py::array found = into_.is_none() ? line_aligned(make_, dims_.shape(letters), py::dtype::of<T>())
+                                            : Dims::as_array(into_[name], name);
     params[name] = found;
     return found;
   }
@@ -102,7 +96,7 @@ class GradArrays {
 
   Dims& dims_;
   const py::object& into_;
-  py::object make_;
+  const char* make_;
 };
 
 py::tuple bind_experts_backward(const py::array& dresult_, const py::array& x_, const py::array& offset_,

@@ -1,4 +1,6 @@
 // numoe._core: four topics, threads and targets.  Private; the public functions are Python.
+#include <pybind11/stl.h>
+
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
 #include "numoe/kernels/target.h"
@@ -77,6 +79,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("target", [] { return kernel_table().name; });
   m.def("targets", [] { return bindings::describe(kernel_tables()); });
   m.def("emulated_targets", [] { return bindings::describe(emulated_tables()); });
+  m.def(
+      "line_aligned_zeros",
+      [](const std::vector<bindings::py::ssize_t>& shape, const bindings::py::dtype& dtype) {
+        return bindings::line_aligned("zeros", shape, dtype);
+      },
+      bindings::py::arg("shape"), bindings::py::arg("dtype"));
   m.def("build_info", &bindings::build_info);
   m.attr("bad_num_threads") = bindings::start_threads();
 }

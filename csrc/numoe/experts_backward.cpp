@@ -88,14 +88,21 @@ class Backward : Pipeline<Compute<S>> {
         [&](Index e, Index piece) {
           const Index col = piece * block, cols = std::min(block, F_ - col);
           const PackedRows<T> rows{dout.data() + start(range, e, D_), tiles(e), D_};
-          const Transposed<T, S> panels(w_.down[e], col, cols);
+          const Transposed<T, S> down(w_.down[e], col, cols);
+          auto stage = down.stage();
           for_passes(rows.tiles, [&](TileRange pass) {
-            const Index first = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - first;
-            T* sums = scratch<T, 1>(height * W_);
-            for (Index j = 0; j < cols; j += W_) {
-              multiply_panel(rows, pass, panels, j / W_, Store::overwrite, sums, W_);
-              T* target = dh + start(range, e, F_) + first * F_ + col + j;
-              for (Index r = 0; r < height; ++r) copy_run(sums + r * W_, std::min(W_, cols - j), target + r * F_);
+            const Index first = rows.tiles.begin(pass.begin), size = (rows.tiles.begin(pass.end) - first) * W_;
+            const Index at_once = down.panels_at_once(pass.count());
+            T* sums = scratch<T, 1>(at_once * size);
+            for (Index j = 0; j < down.count(); j += at_once) {
+              const auto now = some_panels(down, j, at_once), later = some_panels(down, j + at_once, at_once);
+              multiply_panels(stage, rows, pass, now, later, Store::overwrite, sums);
+              for (Index p = 0; p < now.count; ++p) {
+                const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
+                T* target = dh + start(range, e, F_) + first * F_ + col + panel_col;
+                const T* source = sums + p * size;
+                for (Index r = 0; r * W_ < size; ++r) copy_run(source + r * W_, valid, target + r * F_);
+              }
             }
           });
         });
@@ -235,16 +242,24 @@ class Backward : Pipeline<Compute<S>> {
 
   void up_backward_columns(Index e, Index col, Index cols, const PackedRows<T>& dgate, const PackedRows<T>& dup,
                            T* dinput) {
+    const bool glu = w_.glu();
     const Transposed<T, S> up(w_.up[e], col, cols);
+    const Transposed<T, S> gate = glu ? Transposed<T, S>(w_.gate[e], col, cols) : up;
+    auto stage = up.stage();
     for_passes(dup.tiles, [&](TileRange pass) {
       const Index first = dup.tiles.begin(pass.begin), height = dup.tiles.begin(pass.end) - first;
-      T* sums = scratch<T, 1>(height * W_);
-      for (Index j = 0; j < cols; j += W_) {
-        multiply_panel(dup, pass, up, j / W_, Store::overwrite, sums, W_);
-        if (w_.glu()) {
-          multiply_panel(dgate, pass, Transposed<T, S>(w_.gate[e], col, cols), j / W_, Store::accumulate, sums, W_);
+      const Index at_once = up.panels_at_once(pass.count());
+      T* sums = scratch<T, 1>(at_once * height * W_);
+      for (Index j = 0; j < up.count(); j += at_once) {
+        const auto now = some_panels(up, j, at_once), beside = some_panels(gate, j, at_once);
+        const auto later = some_panels(up, j + at_once, at_once);
+        multiply_panels(stage, dup, pass, now, glu ? beside : later, Store::overwrite, sums);
+        if (glu) multiply_panels(stage, dgate, pass, beside, later, Store::accumulate, sums);
+        for (Index p = 0; p < now.count; ++p) {
+          const Index panel_col = (j + p) * W_;
+          add_to_dx(e, first, col + panel_col, {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_},
+                    dinput);
         }
-        add_to_dx(e, first, col + j, {sums, height, std::min(W_, cols - j), W_}, dinput);
       }
     });
   }

@@ -33,13 +33,14 @@ class PackedWeights {
   auto gate(Index e, Index col, Index cols) const { return first(e, col, cols, 0); }
   auto up(Index e, Index col, Index cols) const { return first(e, col, cols, glu() ? w_.gate_to_up() : 0); }
   auto down(Index e, Index col, Index cols) const {
-    return PackedPanels<T, S>(w_.down(e, col), w_.down_step(), w_.down(e, col) + panels(cols) * w_.down_step());
+    return PackedPanels<T, S>(w_.down(e, col), w_.down_step(), panels(cols),
+                              w_.down(e, col) + panels(cols) * w_.down_step());
   }
 
  private:
   Index panels(Index cols) const { return num_panels(cols, kernels<T>().tile_cols); }
   PackedPanels<T, S> first(Index e, Index col, Index cols, Index offset) const {
-    return {w_.up(e, col) + offset, w_.up_step(), w_.up(e, col) + panels(cols) * w_.up_step()};
+    return {w_.up(e, col) + offset, w_.up_step(), panels(cols), w_.up(e, col) + panels(cols) * w_.up_step()};
   }
 
   const PackedExperts<S>& w_;
@@ -98,17 +99,19 @@ class Forward : Pipeline<T> {
     const bool glu = matrices_.glu();
     const auto up = matrices_.up(e, col, cols);
     const auto gate = glu ? matrices_.gate(e, col, cols) : up;
-    const Index panels = num_panels(cols, W_);
+    auto stage = up.stage();
     for_passes(x.tiles, [&](TileRange pass) {
       const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
       const Index at_once = up.panels_at_once(pass.count());
       T* pre = scratch<T, 1>((glu ? 3 : 2) * at_once * size);
       T* h = pre + at_once * size;
       T* linear = glu ? h + at_once * size : nullptr;
-      for (Index j = 0; j < panels; j += at_once) {
-        const Index count = std::min(at_once, panels - j);
-        multiply_panels(x, pass, gate, j, count, Store::overwrite, pre);
-        if (glu) multiply_panels(x, pass, up, j, count, Store::overwrite, linear);
+      for (Index j = 0; j < up.count(); j += at_once) {
+        const auto now = some_panels(gate, j, at_once), beside = some_panels(up, j, at_once);
+        const auto later = some_panels(gate, j + at_once, at_once);
+        const Index count = now.count;
+        multiply_panels(stage, x, pass, now, glu ? beside : later, Store::overwrite, pre);
+        if (glu) multiply_panels(stage, x, pass, beside, later, Store::overwrite, linear);
         for (Index p = 0; p < count; ++p) {
           const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
           const MatrixView<T> first_sums{pre + p * size, height, valid, W_};
@@ -158,15 +161,15 @@ class Forward : Pipeline<T> {
 
   void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
     const auto down = matrices_.down(e, col, cols);
-    const Index panels = num_panels(cols, W_);
+    auto stage = down.stage();
     for_passes(hidden.tiles, [&](TileRange pass) {
       const Index first = hidden.tiles.begin(pass.begin), height = hidden.tiles.begin(pass.end) - first;
       const Index at_once = down.panels_at_once(pass.count());
       T* sums = scratch<T, 1>(at_once * height * W_);
-      for (Index j = 0; j < panels; j += at_once) {
-        const Index count = std::min(at_once, panels - j);
-        multiply_panels(hidden, pass, down, j, count, Store::overwrite, sums);
-        for (Index p = 0; p < count; ++p) {
+      for (Index j = 0; j < down.count(); j += at_once) {
+        const auto now = some_panels(down, j, at_once), later = some_panels(down, j + at_once, at_once);
+        multiply_panels(stage, hidden, pass, now, later, Store::overwrite, sums);
+        for (Index p = 0; p < now.count; ++p) {
           const Index panel_col = (j + p) * W_;
           add_to_result(e, first, col + panel_col, {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_},
                         result);

@@ -4,14 +4,44 @@
 #include "numoe/parallel.h"
 
 namespace numoe {
-
 namespace {
 
 template <class T>
 bool whole_lines(MatrixView<T> c) {
-  constexpr auto line = std::uintptr_t{64};
-  return reinterpret_cast<std::uintptr_t>(c.data) % line == 0 &&
-         static_cast<std::size_t>(c.stride) * sizeof(T) % line == 0;
+  constexpr Index number = sizeof(T);
+  return reinterpret_cast<std::uintptr_t>(c.data) % Carry::line == 0 && c.stride * number % Carry::line == 0 &&
+         c.cols * number % Carry::line == 0;
+}
+
+// c = rows · panels past the caches: the tiles of a panel carry the sums of the panel before to c.
+template <class T>
+void stream_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, T* sums, MatrixView<T> c) {
+  const Kernels<T>& kernel = kernels<T>();
+  constexpr Index number = sizeof(T);
+  const Index width = kernel.tile_cols, height = c.rows, size = height * width;
+  const Index tiles = range.count() * ((rows.depth + block_depth - 1) / block_depth);
+  TileArgs<T> args{.b_stride = width, .c_stride = width};
+  Carriage carriage;
+  for (Index col = 0; col < c.cols; col += width, panels += rows.depth * width) {
+    T* const here = sums + col / width % 2 * size;
+    for (Index k = 0; k < rows.depth; k += block_depth) {
+      args.depth = std::min(block_depth, rows.depth - k);
+      args.store = k == 0 ? Store::overwrite : Store::accumulate;
+      args.b = panels + k * width;
+      for (Index i = range.begin; i < range.end; ++i) {
+        args.a = rows.tile(i) + k * rows.tiles.height(i);
+        args.c = here + (rows.tiles.begin(i) - rows.tiles.begin(range.begin)) * width;
+        kernel.carrying_tile(rows.tiles.height(i), args, carriage.next_share());
+      }
+    }
+    carriage = Carriage({.from = reinterpret_cast<const char*>(here),
+                         .to = reinterpret_cast<char*>(c.data + col),
+                         .lines_in_row = std::min(width, c.cols - col) * number / Carry::line,
+                         .past_caches = true},
+                        height, width * number, c.stride * number, tiles);
+  }
+  kernel.carry(carriage.rest());
+  kernel.stream_end();
 }
 
 }  // namespace
@@ -22,13 +52,20 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   const Kernels<T>& kernel = kernels<T>();
   const Index width = kernel.tile_cols;
   const Index first = tiles.begin(range.begin), height = tiles.begin(range.end) - first;
-  T* packed = scratch<T, 1>(height * (depth + width));
-  T* sums = packed + height * depth;
+  T* sums = scratch<T, 1>(height * (2 * width + depth));
+  T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);
   const PackedRows<T> rows{packed - first * depth, tiles, depth};
-  const PackedPanels<T, T> panels(b_panels, depth * width, b_panels);
-  const bool streams = store == Store::stream && depth <= block_depth && whole_lines(c);
-  for (Index j = 0; j * width < c.cols; ++j) {
+  const bool past_caches = store == Store::stream && whole_lines(c);
+  const Index row_bytes = width * static_cast<Index>(sizeof(T)), tile_bytes = kernel.tile_rows * row_bytes;
+  const bool tiles_can_carry = row_bytes % Carry::line == 0 && depth >= 2 * tile_bytes / Carry::line;  // a line per 2 k
+  if (past_caches && tiles_can_carry) {
+    return stream_tiles(rows, range, b_panels, sums, c.row_range(first, first + height));
+  }
+  const bool streams = past_caches && depth <= block_depth;
+  const Index count = num_panels(c.cols, width);
+  const PackedPanels<T, T> panels(b_panels, depth * width, count, b_panels);
+  for (Index j = 0; j < count; ++j) {
     const Index valid = std::min(width, c.cols - j * width);
     T* target = c.row(first) + j * width;
     if (valid == width && store != Store::accumulate) {
@@ -46,17 +83,6 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
     }
   }
   if (streams) kernel.stream_end();
-}
-
-template <class T>
-void multiply_packed(const Operand<T>& a, const T* b_panels, Index depth, MatrixView<T> c) {
-  constexpr Index tiles_per_task = 4;
-  const RowTiles tiles{c.rows, kernels<T>().tile_rows};
-  if (c.rows == 0 || c.cols == 0) return;
-  parallel_for((tiles.count() + tiles_per_task - 1) / tiles_per_task, [&](Index task) {
-    const Index begin = task * tiles_per_task, end = std::min(begin + tiles_per_task, tiles.count());
-    multiply_tiles(a, tiles, {begin, end}, depth, b_panels, Store::overwrite, c);
-  });
 }
 
 template <class T>
@@ -81,8 +107,6 @@ void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T>
 
 template void matmul(const Operand<float>&, const Operand<float>&, Index, MatrixView<float>);
 template void matmul(const Operand<double>&, const Operand<double>&, Index, MatrixView<double>);
-template void multiply_packed(const Operand<float>&, const float*, Index, MatrixView<float>);
-template void multiply_packed(const Operand<double>&, const double*, Index, MatrixView<double>);
 template void multiply_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
                              MatrixView<float>);
 template void multiply_tiles(const Operand<double>&, const RowTiles&, TileRange, Index, const double*, Store,

@@ -11,10 +11,6 @@ namespace numoe {
 template <class T>
 void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T> c);
 
-// The same with all panels of b packed already.
-template <class T>
-void multiply_packed(const Operand<T>& a, const T* b_panels, Index depth, MatrixView<T> c);
-
 // The serial part of a product whose b is packed: the row tiles of `range` times all panels → c.  Store::stream where
 // c's rows consist of whole cache lines and are not read soon.
 template <class T>
@@ -23,8 +19,6 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
 
 extern template void matmul(const Operand<float>&, const Operand<float>&, Index, MatrixView<float>);
 extern template void matmul(const Operand<double>&, const Operand<double>&, Index, MatrixView<double>);
-extern template void multiply_packed(const Operand<float>&, const float*, Index, MatrixView<float>);
-extern template void multiply_packed(const Operand<double>&, const double*, Index, MatrixView<double>);
 extern template void multiply_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
                                     MatrixView<float>);
 extern template void multiply_tiles(const Operand<double>&, const RowTiles&, TileRange, Index, const double*, Store,

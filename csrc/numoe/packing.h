@@ -57,6 +57,7 @@ class RowTiles {
  private:
   Index count_, height_, higher_;  // the first `higher_` tiles have one row more
 };
+
 struct TileRange {
   Index begin, end;
   Index count() const { return end - begin; }
@@ -158,6 +159,7 @@ void pack_bf16_panel(MatrixView<const S> b, Index col, Index width, bfloat16* pa
     }
   }
 }
+
 // How many columns of a (depth, cols) operand one task multiplies `rows` rows by: few enough that `tasks` tasks have work
 // and that a task ends soon (Ctrl-C waits for it), but whole panels.  This never changes a result, only who computes it.
 constexpr Index max_task_work = 80'000'000;  // multiply-adds: some 20 ms on 16-byte vectors
@@ -166,6 +168,7 @@ inline Index column_block(Index depth, Index cols, Index width, Index tasks, Ind
   const Index shared = (cols + tasks - 1) / tasks;
   return std::max(width, std::min(soon, shared + width - 1) / width * width);
 }
+
 // This thread's buffer number `Slot`, kept until the thread ends, so that calls do not fault in fresh pages each time.
 template <class T, int Slot>
 Buffer<T>& kept_buffer() {

@@ -1,20 +1,26 @@
 // Where the panels of a product come from, and the loops of tiles over them.
 //
 //   PackedPanels   panels that are packed already: weights of a PackedExperts, or somebody's scratch
-//   RowMajor       a row-major matrix whose owner may change it between calls: packed on the fly, block by block
+//   RowMajor       a row-major matrix whose owner may change it between calls
 //   Transposed     the transpose of such a matrix
 //
 // Every product is cut along k into blocks that stay in a cache while all row tiles pass over them; the tiles of one
-// block ask for the next.  An element's sum runs over ascending k through all of them, so no cut changes a bit.
+// block ask for the next, or carry it to where it is read from.  An element's sum runs over ascending k through all of
+// them, so no cut changes a bit.
 #pragma once
 
 #include <type_traits>
 
-#include "numoe/packing.h"
+#include "numoe/staging.h"
 
 namespace numoe {
 
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
+
+constexpr Index one_cache_away = 1024;  // bytes that a tile reads while a line comes from the next cache
+
+// With few tiles per panel a product waits for memory: whatever touches the panel once more costs more than it saves.
+inline bool few(Index tiles) { return tiles <= 2; }
 
 // Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.
 template <class T>
@@ -33,6 +39,18 @@ struct PanelBlock {
   const bfloat16* narrow = nullptr;
 };
 
+// Panels [begin, begin + count) of a source; none if there is no source.
+template <class Source>
+struct Panels {
+  const Source* source = nullptr;
+  Index begin = 0, count = 0;
+};
+template <class Source>
+Panels<Source> some_panels(const Source& source, Index begin, Index at_once) {
+  const Index end = std::min(begin + at_once, source.count());
+  return begin < end ? Panels<Source>{&source, begin, end - begin} : Panels<Source>{};
+}
+
 // What the tiles of a block ask for: tile i < tiles from begin + i * per_tile on, `per_k` bytes further for each k.
 struct NextBlock {
   const void* begin;
@@ -44,84 +62,100 @@ struct NextBlock {
 
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
 
-// Panel j starts at data + j * step.  bfloat16 panels are [depth/2][W][2]; they are widened in registers for few tiles,
+// Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  bfloat16 panels are [depth/2][W][2]; they are widened in registers for few tiles,
 // once per block for more, because widening twice costs less than a pass through the cache.
 template <class T, class S>
 class PackedPanels {
  public:
-  PackedPanels(const S* data, Index step, const S* end) : data_(data), step_(step), end_(end) {}
+  struct Stage {};
+  PackedPanels(const S* data, Index step, Index count, const S* end)
+      : data_(data), step_(step), count_(count), end_(end) {}
+
+  Index count() const { return count_; }
 
   PanelBlock<T> block(Index j, Index k, Index depth, Index tiles) const {
     const S* panel = data_ + j * step_ + k * W_;
     if constexpr (std::is_same_v<S, T>) {
       return {panel, nullptr};
     } else {
-      if (tiles <= 2) return {nullptr, panel};
+      if (few(tiles)) return {nullptr, panel};
       T* wide = scratch<T, 0>(block_depth * W_);
       kernels<T>().widen_panel(depth, panel, wide);
       return {wide, nullptr};
     }
   }
   Index panels_at_once(Index) const { return 1; }
+  Stage stage() const { return {}; }
   // Whatever lies next in memory is next to be read.
   NextBlock after(Index j, Index k, Index depth, Index tiles) const {
     const S* next = data_ + j * step_ + (k + depth) * W_;
     const Index bytes = std::min(depth * W_, end_ - next) * static_cast<Index>(sizeof(S));
     if (bytes <= 0) return {data_};
-    const Index steps = std::is_same_v<S, T> || tiles > 2 ? depth : (depth + 1) / 2;
+    const Index steps = std::is_same_v<S, T> || !few(tiles) ? depth : (depth + 1) / 2;
     return {next, bytes / tiles, bytes / (tiles * steps), tiles};
   }
 
  private:
   const S* data_;
-  Index step_;
+  Index step_, count_;
   const S* end_;
   Index W_ = kernels<T>().tile_cols;
 };
 
-// ── panels packed on the fly ────────────────────────────────────────────────────────────────────────────────────────
+// ── panels on the fly ───────────────────────────────────────────────────────────────────────────────────────────────
 
 // Columns [col, col + cols) of a row-major matrix.  S: its type; T: that of the arithmetic.
 //
-// Memory is fast only along rows.  So some rows are walked through several panels before the next ones come, the sums of
-// these panels wait in c, and the tiles ask for the next rows in the order in which they lie in memory.  For few tiles
-// packing would cost more than the product: they read the matrix where it is.
+// Memory is fast only along rows.  So some rows are walked through several panels before the next ones come, and the sums
+// of these panels wait in c.  Few tiles read the matrix where it is, more of them from a stage.
 template <class T, class S>
 class RowMajor {
  public:
+  using Stage = numoe::Stage<S>;
+  static constexpr Index staged_depth = 128;
+
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
-  Index panels_at_once(Index tiles) const {
-    constexpr Index some = 8;
-    return few(tiles) ? num_panels(cols_, W_) : std::min(some, num_panels(cols_, W_));
+  Index count() const { return num_panels(cols_, W_); }
+  Index panels_at_once(Index tiles) const { return few(tiles) ? count() : std::min(staged_panels, count()); }
+  Index panels_in_block(Index panels) const { return panels; }
+  Stage stage() const { return {staged_depth, staged_panels * W_}; }
+
+  // Rows [k, k + staged_depth) of panels [j, j + count).
+  Block<S> block(Index j, Index count, Index k) const {
+    const Index cols = std::min(count * W_, cols_ - j * W_);
+    return {b_.row(k) + col_ + j * W_, b_.stride, std::min(staged_depth, b_.rows - k), cols, count * W_};
+  }
+  // Panel j + p of the staged block of panels [j, j + count) as a tile's b.
+  void set_panel(TileArgs<T>& args, const S* staged, Index, Index count, Index p) const {
+    const Index pitch = Stage::pitch(count * W_);
+    args.near = one_cache_away;
+    if constexpr (std::is_same_v<S, T>) {
+      args.b = staged + p * W_;
+      args.b_stride = pitch;
+    } else {
+      T* wide = scratch<T, 0>(staged_depth * W_);
+      kernels<T>().widen(args.depth, W_, staged + p * W_, pitch, wide, W_);
+      args.b = wide;
+      args.b_stride = W_;
+    }
   }
 
-  // c (+)= rows · panels [j, j + count)
-  void multiply(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
+  // c (+)= rows · panels [j, j + count) for few tiles: the tiles of a row of panels ask for the panels beside them.
+  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
+    constexpr Index rows_at_once = 16, next_panel = 128;
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
-    const Index tiles = range.count(), depth_at_once = few(tiles) ? 16 : 128;
-    TileArgs<T> args{.c_stride = W_, .near = few(tiles) ? next_panel : one_cache_away};
-    for (Index k = 0; k < rows.depth; k += depth_at_once) {
-      args.depth = std::min(depth_at_once, rows.depth - k);
+    TileArgs<T> args{.c_stride = W_, .near = next_panel};
+    for (Index k = 0; k < rows.depth; k += rows_at_once) {
+      args.depth = std::min(rows_at_once, rows.depth - k);
       args.store = k == 0 ? store : Store::accumulate;
-      const T* widened = nullptr;
-      if constexpr (!std::is_same_v<S, T>) widened = widen_rows(j, count, k, args.depth);
       for (Index p = 0; p < count; ++p) {
-        if (widened) {
-          args.b = widened + p * W_;
-          args.b_stride = count * W_;
-        } else {
-          set_rows(args, j + p, k, tiles);
-        }
+        set_rows(args, j, count, p, k);
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
           args.a = rows.tile(i) + k * height;
           args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
-          if (few(tiles)) {
-            ask_along_the_row(args.ahead, j + p, k);
-          } else {
-            ask_for_next_rows(args.ahead, j, count, k, args.depth, p * tiles + i - range.begin, tiles);
-          }
+          ask_along_the_row(args.ahead, j + p, k);
           kernels<T>().tile(height, args);
         }
       }
@@ -129,90 +163,118 @@ class RowMajor {
   }
 
  private:
-  static constexpr Index next_panel = 128, one_cache_away = 1024;  // bytes
-  static bool few(Index tiles) { return tiles <= 2; }
+  static constexpr Index staged_panels = 8;
 
-  // Rows [k, k + depth) of panels [j, j + count) in the type of the arithmetic: [depth][count * W].
-  const T* widen_rows(Index j, Index count, Index k, Index depth) const {
-    const Index width = count * W_, valid = std::min(width, cols_ - j * W_);
-    T* wide = scratch<T, 0>(depth * width);
-    for (Index i = 0; i < depth; ++i) {
-      kernels<T>().widen(valid, b_.row(k + i) + col_ + j * W_, wide + i * width);
-      std::fill_n(wide + i * width + valid, width - valid, T(0));
-    }
-    return wide;
-  }
-
-  // b = rows [k, k + depth) of panel j: in place, or packed where that pays or they must be padded.
-  void set_rows(TileArgs<T>& args, Index j, Index k, Index tiles) const {
-    if constexpr (std::is_same_v<S, T>) {
-      const Index valid = std::min(W_, cols_ - j * W_);
-      const T* source = b_.row(k) + col_ + j * W_;
+  // b = rows [k, k + depth) of panel j + p: in place, or padded, or in the type of the arithmetic.
+  void set_rows(TileArgs<T>& args, Index j, Index count, Index p, Index k) const {
+    const Index valid = std::min(W_, cols_ - (j + p) * W_);
+    const S* source = b_.row(k) + col_ + (j + p) * W_;
+    if constexpr (!std::is_same_v<S, T>) {
+      if (p == 0) widen_rows(j, count, k, args.depth);
+      args.b = scratch<T, 0>(args.depth * count * W_) + p * W_;
+      args.b_stride = count * W_;
+    } else if (valid == W_) {
       args.b = source;
       args.b_stride = b_.stride;
-      if (valid == W_ && few(tiles)) return;
+    } else {
       T* panel = scratch<T, 0>(args.depth * W_);
       pack_panels(Operand<T>{source, b_.stride, 1}, args.depth, 0, valid, W_, panel);
       args.b = panel;
       args.b_stride = W_;
     }
   }
-
-  // For few tiles, which take a panel quickly: the same rows, some panels on.
+  // Rows [k, k + depth) of panels [j, j + count) in the type of the arithmetic: [depth][count * W].
+  void widen_rows(Index j, Index count, Index k, Index depth) const {
+    const Index width = count * W_, valid = std::min(width, cols_ - j * W_);
+    T* wide = scratch<T, 0>(depth * width);
+    kernels<T>().widen(depth, valid, b_.row(k) + col_ + j * W_, b_.stride, wide, width);
+    for (Index i = 0; i < depth; ++i) std::fill_n(wide + i * width + valid, width - valid, T(0));
+  }
   void ask_along_the_row(Ahead& ahead, Index j, Index k) const {
     constexpr Index distance = 2048;  // bytes
     ahead.at = reinterpret_cast<const char*>(b_.row(k) + col_ + j * W_) + distance;
-    ahead.step = row_bytes();
+    ahead.step = b_.stride * static_cast<Index>(sizeof(S));
   }
-  // For many: call number `call` of `count` panels of `tiles` tiles each asks for its share of the next rows.
-  void ask_for_next_rows(Ahead& ahead, Index j, Index count, Index k, Index depth, Index call, Index tiles) const {
-    constexpr Index line = 64;
-    const bool same_panels = k + depth < b_.rows;
-    const Index panel = same_panels ? j : j + count, row = same_panels ? k + depth : 0;
-    const Index cols = std::min(count * W_, cols_ - panel * W_), rows = std::min(depth, b_.rows - row);
-    const Index share = (rows + count * tiles - 1) / (count * tiles), begin = call * share;
-    ahead.at = b_.data;
-    ahead.step = ahead.jump = 0;
-    if (cols <= 0 || begin >= rows) return;
-    ahead.at = b_.row(row + begin) + col_ + panel * W_;
-    ahead.step = line;
-    ahead.run = (cols * static_cast<Index>(sizeof(S)) + line - 1) / line;
-    ahead.jump = row_bytes() - ahead.run * line;
-  }
-  Index row_bytes() const { return b_.stride * static_cast<Index>(sizeof(S)); }
 
   MatrixView<const S> b_;
   Index col_, cols_;
   Index W_ = kernels<T>().tile_cols;
 };
 
-// Columns [col, col + cols) of the transpose of a row-major matrix: rows of that matrix.
+// Columns [col, col + cols) of the transpose of a row-major matrix: rows of that matrix, staged and transposed.
 template <class T, class S>
 class Transposed {
  public:
+  using Stage = numoe::Stage<S>;
+  static constexpr Index staged_depth = 512;
+
   Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
-  PanelBlock<T> block(Index j, Index k, Index depth, Index) const {
-    const T* columns[max_tile_cols];
-    T* panel = scratch<T, 0>(block_depth * W_);
-    const Index valid = std::min(W_, cols_ - j * W_);
-    for (Index i = 0; i < valid; ++i) {
-      const S* source = b_.row(col_ + j * W_ + i) + k;
-      if constexpr (std::is_same_v<S, T>) {
-        columns[i] = source;
-      } else {
-        T* wide = scratch<T, 2>(block_depth * W_) + i * block_depth;
-        kernels<T>().widen(depth, source, wide);
-        columns[i] = wide;
+  Index count() const { return num_panels(cols_, W_); }
+  Index panels_at_once(Index) const { return std::min(Index{8}, count()); }
+  Index panels_in_block(Index) const { return 1; }
+  Stage stage() const { return {W_, staged_depth}; }
+
+  // k [k, k + staged_depth) of panel j.
+  Block<S> block(Index j, Index, Index k) const {
+    const Index depth = std::min(staged_depth, b_.cols - k);
+    return {b_.row(col_ + j * W_) + k, b_.stride, std::min(W_, cols_ - j * W_), depth, depth};
+  }
+  void set_panel(TileArgs<T>& args, const S* staged, Index j, Index, Index) const {
+    const Index pitch = Stage::pitch(args.depth), valid = std::min(W_, cols_ - j * W_);
+    const T* rows;
+    if constexpr (std::is_same_v<S, T>) {
+      rows = staged;
+    } else {
+      T* wide = scratch<T, 2>(W_ * pitch);
+      kernels<T>().widen(valid, args.depth, staged, pitch, wide, pitch);
+      rows = wide;
+    }
+    T* panel = scratch<T, 0>(staged_depth * W_);
+    kernels<T>().transpose_rows(args.depth, valid, rows, pitch, panel);
+    args.b = panel;
+    args.b_stride = W_;
+    args.near = one_cache_away;
+  }
+
+  // c (+)= rows · panels [j, j + count) for few tiles, which do not take long enough to carry anything.
+  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
+    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    TileArgs<T> args{.b_stride = W_, .c_stride = W_};
+    for (Index p = 0; p < count; ++p) {
+      for (Index k = 0; k < rows.depth; k += staged_depth) {
+        args.depth = std::min(staged_depth, rows.depth - k);
+        args.store = k == 0 ? store : Store::accumulate;
+        args.b = panel(j + p, k, args.depth);
+        args.ahead.at = args.b;
+        for (Index i = range.begin; i < range.end; ++i) {
+          const Index height = rows.tiles.height(i);
+          args.a = rows.tile(i) + k * height;
+          args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
+          kernels<T>().tile(height, args);
+        }
       }
     }
-    kernels<T>().transpose(depth, valid, columns, panel, W_);
-    return {panel, nullptr};
   }
-  Index panels_at_once(Index) const { return 1; }
-  NextBlock after(Index, Index, Index, Index) const { return {b_.data}; }  // rows in turn: left to the hardware
 
  private:
+  // k [k, k + depth) of panel j.
+  const T* panel(Index j, Index k, Index depth) const {
+    const T* columns[max_tile_cols];
+    const Index valid = std::min(W_, cols_ - j * W_);
+    const S* source = b_.row(col_ + j * W_) + k;
+    if constexpr (std::is_same_v<S, T>) {
+      for (Index i = 0; i < valid; ++i) columns[i] = source + i * b_.stride;
+    } else {
+      T* wide = scratch<T, 2>(W_ * depth);
+      kernels<T>().widen(valid, depth, source, b_.stride, wide, depth);
+      for (Index i = 0; i < valid; ++i) columns[i] = wide + i * depth;
+    }
+    T* const packed = scratch<T, 0>(depth * W_);
+    kernels<T>().transpose(depth, valid, columns, packed, W_);
+    return packed;
+  }
+
   MatrixView<const S> b_;
   Index col_, cols_;
   Index W_ = kernels<T>().tile_cols;
@@ -224,10 +286,10 @@ class Transposed {
 //
 // Arguments are changed field by field: a struct that is written in parts and copied as a whole would wait for every
 // store before it, streamed ones included.
-template <class T, class Source>
-void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Store store, T* c,
-                    Index c_stride) {
-  constexpr Index one_memory_away = 3072, one_cache_away = 1024;
+template <class T, class S>
+void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, Store store,
+                    T* c, Index c_stride) {
+  constexpr Index one_memory_away = 3072;
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
   TileArgs<T> wide{.c_stride = c_stride};
@@ -259,23 +321,77 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
     }
   }
   if (rows.depth == 0 && store != Store::accumulate) {
-    for (Index r = 0; r < rows.tiles.begin(range.end) - first; ++r)
+    for (Index r = 0; r < rows.tiles.begin(range.end) - first; ++r) {
       std::fill_n(c + r * c_stride, kernel.tile_cols, T(0));
+    }
   }
 }
 
-// c (+)= rows · panels [j, j + count); c is [count][rows][W].
+// The blocks in which staged panels are multiplied: along k, and at each k some panels after the other.
+template <class Source>
+struct BlockOfPanels {
+  Panels<Source> panels;
+  Index k = 0, first = 0;  // the block's first panel is panels.begin + first
+
+  Index count() const {
+    return panels.source ? std::min(panels.source->panels_in_block(panels.count), panels.count - first) : 0;
+  }
+  auto block() const { return panels.source->block(panels.begin + first, count(), k); }
+  // The block after this one, if k goes on to `depth`; else the first one of `next`.
+  BlockOfPanels after(Index depth, Panels<Source> next) const {
+    if (first + count() < panels.count) return {panels, k, first + count()};
+    if (k + Source::staged_depth < depth) return {panels, k + Source::staged_depth, 0};
+    return {next};
+  }
+};
+
+// c (+)= rows · staged panels; the tiles carry the block after theirs: of these panels, then of `next`.
 template <class T, class Source>
-void multiply_panels(const PackedRows<T>& rows, TileRange range, const Source& source, Index j, Index count,
-                     Store store, T* c) {
+void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, TileRange range, Panels<Source> panels,
+                     Panels<Source> next, Store store, T* c) {
+  const Kernels<T>& kernel = kernels<T>();
+  const Index first = rows.tiles.begin(range.begin);
+  const Index size = (rows.tiles.begin(range.end) - first) * kernel.tile_cols;
+  TileArgs<T> args{.c_stride = kernel.tile_cols};
+  for (BlockOfPanels<Source> now{panels}; now.panels.source == panels.source && now.panels.begin == panels.begin;) {
+    const BlockOfPanels<Source> coming = now.after(rows.depth, next);
+    const auto* staged = stage.take(now.block());
+    if (coming.panels.source) {
+      stage.stage(coming.block(), now.count() * range.count());
+    } else {
+      stage.stage({}, 1);
+    }
+    args.depth = std::min(Source::staged_depth, rows.depth - now.k);
+    args.store = now.k == 0 ? store : Store::accumulate;
+    for (Index p = 0; p < now.count(); ++p) {
+      panels.source->set_panel(args, staged, panels.begin + now.first, now.count(), p);
+      for (Index i = range.begin; i < range.end; ++i) {
+        const Index height = rows.tiles.height(i);
+        args.a = rows.tile(i) + now.k * height;
+        args.c = c + (now.first + p) * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
+        kernel.carrying_tile(height, args, stage.next_share());
+      }
+    }
+    now = coming;
+  }
+}
+
+// c (+)= rows · panels; c is [count][rows][W].  `next`: what the same rows are multiplied by afterwards, if anything.
+template <class T, class Source>
+void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, TileRange range, Panels<Source> panels,
+                     Panels<Source> next, Store store, T* c) {
   const Index width = kernels<T>().tile_cols;
   const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
-  for (Index p = 0; p < count; ++p) multiply_panel(rows, range, source, j + p, store, c + p * size, width);
-}
-template <class T, class S>
-void multiply_panels(const PackedRows<T>& rows, TileRange range, const RowMajor<T, S>& source, Index j, Index count,
-                     Store store, T* c) {
-  source.multiply(rows, range, j, count, store, c);
+  if constexpr (requires { Source::staged_depth; }) {
+    if (few(range.count())) {
+      return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, store, c);
+    }
+    multiply_staged(stage, rows, range, panels, next, store, c);
+  } else {
+    for (Index p = 0; p < panels.count; ++p) {
+      multiply_panel(rows, range, *panels.source, panels.begin + p, store, c + p * size, width);
+    }
+  }
 }
 
 }  // namespace numoe

@@ -13,6 +13,8 @@ Bool: TypeAlias = NDArray[np.bool_]
 
 bad_num_threads: str | None
 
+def line_aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]: ...
+
 class RouterOptions:
     def __init__(
         self,

@@ -65,14 +65,16 @@ inline Activated<Lanes<T, N>> act(Lanes<T, N> v) {
 }
 
 template <int N>
-void widen(Index n, const bfloat16* narrow, float* wide) {
+void widen(Index rows, Index n, const bfloat16* narrow, Index stride, float* wide, Index wide_stride) {
   using Half = Lanes<std::uint16_t, N>;
   using Word = Lanes<std::uint32_t, N>;
-  Index i = 0;
-  for (; i + N <= n; i += N) store(wide + i, __builtin_convertvector(load<Half>(narrow + i), Word) << 16);
-  for (; i < n; ++i) {
-    const std::uint32_t bits = std::uint32_t{narrow[i].bits} << 16;
-    __builtin_memcpy(wide + i, &bits, sizeof bits);
+  for (Index r = 0; r < rows; ++r, narrow += stride, wide += wide_stride) {
+    Index i = 0;
+    for (; i + N <= n; i += N) store(wide + i, __builtin_convertvector(load<Half>(narrow + i), Word) << 16);
+    for (; i < n; ++i) {
+      const std::uint32_t bits = std::uint32_t{narrow[i].bits} << 16;
+      __builtin_memcpy(wide + i, &bits, sizeof bits);
+    }
   }
 }
 
@@ -173,11 +175,14 @@ constexpr Kernels<T> make_kernels() {
   Kernels<T> table{.tile_rows = R,
                    .tile_cols = 2 * N,
                    .tile = Tile<T, N, R>::run,
+                   .carrying_tile = Tile<T, N, R>::run_carrying,
+                   .carry = carry<T, N>,
                    .tile_bf16 = nullptr,
                    .copy_panel = copy_panel<T, N>,
                    .widen = nullptr,
                    .widen_panel = nullptr,
                    .transpose = transpose<T, N>,
+                   .transpose_rows = transpose_rows<T, N>,
                    .stream_end = stream_end,
                    .activate = activate<T, N>,
                    .activate_backward = activate_backward<T, N>,

@@ -21,9 +21,20 @@ enum class Store {
 // Memory that a tile asks for while it computes, one address per k: what will be read after it.
 struct Ahead {
   const void* at = nullptr;
-  Index step = 0;     // bytes further for each k
-  Index run = 65536;  // after so many k's ...
-  Index jump = 0;     // ... so many bytes further still: from the end of one row to the next
+  Index step = 0;  // bytes further for each k
+};
+
+// Lines of memory that are moved from rows to rows, by a tile while it computes or at once.  Whoever moved `lines` of
+// them leaves from, to and left_in_row at the next one.
+struct Carry {
+  static constexpr Index line = 64;  // bytes
+  const char* from = nullptr;
+  char* to = nullptr;
+  Index lines = 0;
+  Index lines_in_row = 0, left_in_row = 0;  // left: before the next jump
+  Index from_jump = 0, to_jump = 0;         // bytes from the end of a row to the start of the next
+  Index lead = 0;                           // so many bytes further lines are asked for
+  bool past_caches = false;                 // `to` is not read soon; it consists of whole lines
 };
 
 // c[r, j] (+)= Σ_k a[k, r] · b[k, j] for j < W, k ascending.
@@ -68,6 +79,9 @@ struct Kernels {
   Index tile_cols;  // W, the width of a panel
 
   void (*tile)(Index rows, const TileArgs<T>&);  // rows <= R
+  // The same while it moves lines; nothing is asked `ahead`.
+  void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&);
+  void (*carry)(Carry&);
 
   // The same with a bfloat16 panel, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
   // an odd depth paired with 0; b_stride is ignored.  Absent for double.
@@ -75,13 +89,17 @@ struct Kernels {
 
   // Rows of W numbers, `stride` apart → a panel [depth][W].
   void (*copy_panel)(Index depth, const T* b, Index stride, T* panel);
-  // n bfloat16 numbers in another type.  Absent for double.
-  void (*widen)(Index n, const bfloat16* narrow, T* wide);
+  // Rows of n bfloat16 numbers in another type.  Absent for double.
+  void (*widen)(Index rows, Index n, const bfloat16* narrow, Index stride, T* wide, Index wide_stride);
   // A bfloat16 panel [depth/2][W][2] → the panel [depth][W] of the same numbers.  Absent for double.
   void (*widen_panel)(Index depth, const bfloat16* narrow, T* wide);
   // packed[k * stride + r] = row[r][k] for r < rows, k < depth.  stride = rows: a tile's a.  stride = W: the columns of a
   // panel, padded with zeros.
   void (*transpose)(Index depth, Index rows, const T* const* row, T* packed, Index stride);
+
+  // A whole panel of rows a fixed pitch apart: packed[k * W + r] = a[r * pitch + k] for r < rows, else 0.  All W rows can
+  // be read, and the pitch is an odd number of lines.
+  void (*transpose_rows)(Index depth, Index rows, const T* a, Index pitch, T* packed);
 
   void (*stream_end)();  // after the last Store::stream, before anybody else may read
 

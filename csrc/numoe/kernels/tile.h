@@ -20,6 +20,9 @@ inline T* forget(T* p) {
   return p;
 }
 
+// No load or store moves across: there are no registers to hold what is early.
+inline void in_order() { asm volatile("" ::: "memory"); }
+
 template <class T, int N, int R>
 struct Accumulators {
   using V = Lanes<T, N>;
@@ -60,14 +63,12 @@ struct Accumulators {
   }
 };
 
-constexpr Index cache_line = 64;
-
 // Asks for the `bytes` that lie `near` bytes beyond b.
 template <Index bytes>
 inline void ask_near(const void* b, Index near) {
   const char* p = static_cast<const char*>(b) + near;
   __builtin_prefetch(p);
-  if constexpr (bytes > cache_line) __builtin_prefetch(p + cache_line);
+  if constexpr (bytes > Carry::line) __builtin_prefetch(p + Carry::line);
 }
 
 template <class T, int N, int R>
@@ -78,15 +79,88 @@ void tile_of_height(const TileArgs<T>& args) {
   const char* ahead = static_cast<const char*>(args.ahead.at);
   Accumulators<T, N, R> sums;
   sums.start(args.c, args.c_stride, args.store);
-  for (Index left = args.depth; left > 0; left -= args.ahead.run, ahead += args.ahead.jump) {
-    const Index run = left < args.ahead.run ? left : args.ahead.run;
-    for (Index k = run; k > 0; --k, a += R, b += stride, ahead += step) {
-      ask_near<2 * N * sizeof(T)>(b, near);
-      __builtin_prefetch(ahead, 0, 2);
-      sums.multiply_add(a, load<V>(b), load<V>(b + N));
-    }
+  for (Index k = args.depth; k > 0; --k, a += R, b += stride, ahead += step) {
+    ask_near<2 * N * sizeof(T)>(b, near);
+    __builtin_prefetch(ahead, 0, 2);
+    sums.multiply_add(a, load<V>(b), load<V>(b + N));
   }
   sums.finish(args.c, args.c_stride, args.store);
+}
+
+// Goes through the lines of a Carry, V at a time.
+template <class V, bool past_caches>
+struct Carrier {
+  const char* from;
+  char* to;
+  Index lead, left_in_row;
+
+  explicit Carrier(const Carry& carry)
+      : from(carry.from), to(carry.to), lead(carry.lead), left_in_row(carry.left_in_row) {}
+
+  [[gnu::always_inline]] inline void move_line(const Carry& carry) {
+    __builtin_prefetch(from + lead, 0, 2);
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < Carry::line; i += sizeof(V)) {
+      if constexpr (past_caches) {
+        stream(to + i, load<V>(from + i));
+      } else {
+        store(to + i, load<V>(from + i));
+      }
+      in_order();
+    }
+    from = forget(from + Carry::line);  // apart: compilers would move both into one vector register
+    to = forget(to + Carry::line);
+    if (--left_in_row > 0) return;
+    const Carry& jump = *forget(&carry);  // read when needed: there are no registers to spare
+    from = forget(from + jump.from_jump);
+    to = forget(to + jump.to_jump);
+    left_in_row = jump.lines_in_row;
+  }
+  inline void stop(Carry& carry) const {
+    carry.from = from;
+    carry.to = to;
+    carry.left_in_row = left_in_row;
+  }
+};
+
+template <class V, bool past_caches>
+void carry_lines(Carry& carry) {
+  Carrier<V, past_caches> carrier(carry);
+  for (Index i = 0; i < carry.lines; ++i) carrier.move_line(carry);
+  carrier.stop(carry);
+}
+template <class T, int N>
+void carry(Carry& what) {
+  using V = Lanes<T, N>;
+  what.past_caches ? carry_lines<V, true>(what) : carry_lines<V, false>(what);
+}
+
+// A line for every two k's while there are lines, plain k's after them, lines without k's at the end.
+template <class T, int N, int R, bool past_caches>
+void carrying_tile_of_height(const TileArgs<T>& args, Carry& carry) {
+  using V = Lanes<T, N>;
+  const T *a = args.a, *b = args.b;
+  const Index stride = args.b_stride, near = args.near;
+  Carrier<V, past_caches> carrier(carry);
+  Accumulators<T, N, R> sums;
+  sums.start(args.c, args.c_stride, args.store);
+  const auto next_k = [&]() __attribute__((always_inline)) {
+    ask_near<2 * N * sizeof(T)>(b, near);
+    sums.multiply_add(a, load<V>(b), load<V>(b + N));
+    a += R;
+    b += stride;
+  };
+  Index each = 2;
+  if constexpr (sizeof(V) == 16) asm("" : "+r"(each));  // not unrolled: x86's old instructions need more registers
+  const Index half = args.depth / 2, together = carry.lines < half ? carry.lines : half;
+  for (Index line = together; line > 0; --line) {
+    carrier.move_line(carry);
+    for (Index k = each; k > 0; --k) next_k();
+  }
+  for (Index k = args.depth - 2 * together; k > 0; --k) next_k();
+  sums.finish(args.c, args.c_stride, args.store);
+  for (Index line = together; line < carry.lines; ++line) carrier.move_line(carry);
+  carrier.stop(carry);
 }
 
 // Lanes hold pairs (k even in the low half, k odd in the high half): a shift and a mask widen them.
@@ -132,16 +206,27 @@ struct Tile {
   static void run(Index rows, const TileArgs<T>& args) {
     heights(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
+  static void run_carrying(Index rows, const TileArgs<T>& args, Carry& carry) {
+    const auto* functions = carry.past_caches ? carrying_heights<true>(std::make_integer_sequence<int, R>{})
+                                              : carrying_heights<false>(std::make_integer_sequence<int, R>{});
+    functions[rows - 1](args, carry);
+  }
   static void run_bf16(Index rows, const TileArgs<float, bfloat16>& args) {
     bf16_heights(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
 
  private:
   using Function = void (*)(const TileArgs<T>&);
+  using CarryingFunction = void (*)(const TileArgs<T>&, Carry&);
   using Bf16Function = void (*)(const TileArgs<float, bfloat16>&);
   template <int... H>
   static const Function* heights(std::integer_sequence<int, H...>) {
     static constexpr Function table[] = {tile_of_height<T, N, H + 1>...};
+    return table;
+  }
+  template <bool past_caches, int... H>
+  static const CarryingFunction* carrying_heights(std::integer_sequence<int, H...>) {
+    static constexpr CarryingFunction table[] = {carrying_tile_of_height<T, N, H + 1, past_caches>...};
     return table;
   }
   template <int... H>

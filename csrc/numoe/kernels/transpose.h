@@ -10,12 +10,13 @@ namespace numoe {
 namespace {
 
 // 16 bytes of each of N / G rows, side by side: G numbers of row 0, then of row G, 2G, ...  (inserts, no shuffles)
-template <class T, int N, int G, int pitch>
-inline Lanes<T, N> load_pieces(const T* row) {
+template <class T, int N, int G>
+inline Lanes<T, N> load_pieces(const T* row, Index pitch) {
   if constexpr (N == G) {
     return load<Lanes<T, N>>(row);
   } else {
-    const auto low = load_pieces<T, N / 2, G, pitch>(row), high = load_pieces<T, N / 2, G, pitch>(row + N / 2 * pitch);
+    const auto low = load_pieces<T, N / 2, G>(row, pitch);
+    const auto high = load_pieces<T, N / 2, G>(row + N / 2 * pitch, pitch);
     return [&]<std::size_t... I>(std::index_sequence<I...>) {
       return __builtin_shufflevector(low, high, static_cast<int>(I)...);
     }(std::make_index_sequence<N>{});
@@ -50,7 +51,7 @@ inline void transpose_groups(Lanes<T, N> (&v)[G]) {
   }
 }
 
-// n numbers, n a multiple of 16 bytes except at the end of a row.
+// n numbers, the next n asked for.
 template <class T, int N>
 inline void copy_numbers(const T* source, Index n, T* target) {
   Index i = 0;
@@ -61,30 +62,40 @@ inline void copy_numbers(const T* source, Index n, T* target) {
   for (; i < n; ++i) target[i] = source[i];
 }
 
-// The first `rows` <= N of packed[k * stride + r] = row[r][k].  While there is room before `end`, N numbers are written at
-// each k; those beyond `rows` are written again by the next k.
-//
-// Some lines of every row are copied side by side first: rows a power of two apart share a set of the cache, and would
-// push each other out while they are read 16 bytes at a time.
+// The first `rows` <= N of packed[k * stride + r] = a[r * pitch + k].  While there is room before `end`, N numbers are
+// written at each k; those beyond `rows` are written again by the next k.  N rows of `a` are read.
+template <class T, int N>
+[[gnu::always_inline]] inline void transpose_lines(Index depth, Index rows, const T* a, Index pitch, T* packed,
+                                                   Index stride, const T* end) {
+  constexpr int G = 16 / sizeof(T);
+  constexpr Index ahead = 256 / sizeof(T);
+  Index k = 0;
+  for (; k + G <= depth && packed + (G - 1) * stride + N <= end; k += G, packed += G * stride) {
+    Lanes<T, N> v[G];
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) {
+      __builtin_prefetch(a + (k / G % 4 * G + i) * pitch + k + ahead);
+      v[i] = load_pieces<T, N, G>(a + i * pitch + k, pitch);
+    }
+    transpose_groups<T, N, G>(v);
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) store(packed + i * stride, v[i]);
+  }
+  for (; k < depth; ++k, packed += stride) {
+    for (Index r = 0; r < rows; ++r) packed[r] = a[r * pitch + k];
+  }
+}
+
+// The same for rows anywhere.  Some lines of every row are copied side by side first: rows a power of two apart share a
+// set of the cache, and would push each other out while they are read 16 bytes at a time.
 template <class T, int N>
 inline void transpose_band(Index depth, Index rows, const T* const* row, T* packed, Index stride, const T* end) {
-  constexpr int G = 16 / sizeof(T), chunk = 256 / sizeof(T), pitch = chunk + N;
+  constexpr int chunk = 256 / sizeof(T), pitch = chunk + N;
   alignas(64) T lines[N * pitch];
-  for (Index first = 0; first < depth; first += chunk) {
+  for (Index first = 0; first < depth; first += chunk, packed += chunk * stride) {
     const Index n = depth - first < chunk ? depth - first : chunk;
     for (Index r = 0; r < rows; ++r) copy_numbers<T, N>(row[r] + first, n, lines + r * pitch);
-    Index k = 0;
-    for (; k + G <= n && packed + (G - 1) * stride + N <= end; k += G, packed += G * stride) {
-      Lanes<T, N> v[G];
-#pragma GCC unroll 4
-      for (int i = 0; i < G; ++i) v[i] = load_pieces<T, N, G, pitch>(lines + i * pitch + k);
-      transpose_groups<T, N, G>(v);
-#pragma GCC unroll 4
-      for (int i = 0; i < G; ++i) store(packed + i * stride, v[i]);
-    }
-    for (; k < n; ++k, packed += stride) {
-      for (Index r = 0; r < rows; ++r) packed[r] = lines[r * pitch + k];
-    }
+    transpose_lines<T, N>(n, rows, lines, pitch, packed, stride, end);
   }
 }
 
@@ -107,6 +118,17 @@ void transpose(Index depth, Index rows, const T* const* row, T* packed, Index st
   }
   for (Index k = 0; panel && rows < stride && k < depth; ++k) {
     for (Index r = rows; r < stride; ++r) packed[k * stride + r] = T(0);
+  }
+}
+
+// packed[k * W + r] = a[r * pitch + k] for r < rows <= W = 2N, else 0; W rows can be read.
+template <class T, int N>
+void transpose_rows(Index depth, Index rows, const T* a, Index pitch, T* packed) {
+  const T* const end = packed + depth * 2 * N;
+  transpose_lines<T, N>(depth, rows < N ? rows : N, a, pitch, packed, 2 * N, end);
+  if (rows > N) transpose_lines<T, N>(depth, rows - N, a + N * pitch, pitch, packed + N, 2 * N, end);
+  for (Index k = 0; rows < 2 * N && k < depth; ++k) {
+    for (Index r = rows; r < 2 * N; ++r) packed[k * 2 * N + r] = T(0);
   }
 }
 
