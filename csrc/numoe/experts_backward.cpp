@@ -125,19 +125,12 @@ class Backward : Pipeline<Compute<S>> {
     const T* pre = w_.glu() ? cache_.gate.row(row) : cache_.up.row(row);
     const T* linear = w_.glu() ? cache_.up.row(row) : nullptr;
     const bool weighted = this->weight_on(WeightOn::output);
-    if (weighted) {
-      T* const dh = dup;
-      kernel_.activate(options_.activation, F_, pre, linear, h);
-      const Index assignment = dispatch_.row_assignment[static_cast<std::size_t>(row)];
-      T dweight = kernel_.dot(F_, dh, h);
-      const T* dy = dy_.row(combined_ ? dispatch_.row_token[static_cast<std::size_t>(row)] : row);
-      if (w_.down_bias) dweight += kernel_.dot(D_, dy, w_.down_bias.row(e));
-      grads_.weights.data[assignment] = dweight;
-    }
-    const T weight = weighted ? this->row_weight_[row] : T(1);
-    if (weighted) as_row(dup, F_) *= weight;
-    kernel_.activate_backward(options_.activation, F_, pre, linear, dup, h, w_.glu() ? dgate : dup, dup);
-    if (weighted) as_row(h, F_) *= weight;
+    T dweight = kernel_.activate_backward(options_.activation, F_, weighted ? this->row_weight_[row] : T(1), pre,
+                                          linear, dup, h, w_.glu() ? dgate : dup, dup);
+    if (!weighted) return;
+    const T* dy = dy_.row(combined_ ? dispatch_.row_token[static_cast<std::size_t>(row)] : row);
+    if (w_.down_bias) dweight += kernel_.dot(D_, dy, w_.down_bias.row(e));
+    grads_.weights.data[dispatch_.row_assignment[static_cast<std::size_t>(row)]] = dweight;
   }
 
   // out = h · w_down, gate = x · w_gate, up = x · w_up  ⇒  dw_down = hᵀ dout, dw_gate = xᵀ dgate, dw_up = xᵀ dup

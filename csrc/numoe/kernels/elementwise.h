@@ -88,28 +88,25 @@ void activate_as(Index n, const T* pre, const T* linear, T* h) {
 
 // h = act(pre) * linear  ⇒  dpre = dh * linear * act'(pre), dlinear = dh * act(pre)
 template <Activation A, class T, int N>
-void activate_backward_as(Index n, const T* pre, const T* linear, const T* dh, T* h, T* dpre, T* dlinear) {
-  for_lanes<N>(n, [=](Index i, int count) {
+T activate_backward_as(Index n, T weight, const T* pre, const T* linear, const T* dh, T* h, T* dpre, T* dlinear) {
+  Lanes<T, N> products{};
+  for_lanes<N>(n, [&](Index i, int count) {
     const auto a = act<A, T, N>(load_some<T, N>(pre + i, count));
-    const auto d = load_some<T, N>(dh + i, count);
-    if (!linear) {
-      store_some<T, N>(h + i, a.value, count);
-      store_some<T, N>(dpre + i, d * a.slope, count);
-      return;
-    }
-    const auto l = load_some<T, N>(linear + i, count);
-    store_some<T, N>(h + i, a.value * l, count);
-    store_some<T, N>(dpre + i, d * l * a.slope, count);
-    store_some<T, N>(dlinear + i, d * a.value, count);
+    const auto d = load_some<T, N>(dh + i, count), weighted = weight * d;
+    const auto l = linear ? load_some<T, N>(linear + i, count) : Lanes<T, N>{} + T(1);
+    const auto value = a.value * l;
+    products += d * value;
+    store_some<T, N>(h + i, weight * value, count);
+    store_some<T, N>(dpre + i, weighted * l * a.slope, count);
+    if (linear) store_some<T, N>(dlinear + i, weighted * a.value, count);
   });
+  return sum_of<T, N>(products);
 }
 
 // Turns the run-time Activation into the compile-time one: f.template operator()<A>().
 template <class F>
-inline void with_activation(Activation activation, F f) {
+inline auto with_activation(Activation activation, F f) {
   switch (activation) {
-    case Activation::silu:
-      return f.template operator()<Activation::silu>();
     case Activation::gelu:
       return f.template operator()<Activation::gelu>();
     case Activation::gelu_tanh:
@@ -120,6 +117,9 @@ inline void with_activation(Activation activation, F f) {
       return f.template operator()<Activation::relu2>();
     case Activation::quick_gelu:
       return f.template operator()<Activation::quick_gelu>();
+    case Activation::silu:
+    default:
+      return f.template operator()<Activation::silu>();
   }
 }
 
@@ -128,10 +128,11 @@ void activate(Activation activation, Index n, const T* pre, const T* linear, T* 
   with_activation(activation, [=]<Activation A>() { activate_as<A, T, N>(n, pre, linear, h); });
 }
 template <class T, int N>
-void activate_backward(Activation activation, Index n, const T* pre, const T* linear, const T* dh, T* h, T* dpre,
-                       T* dlinear) {
-  with_activation(activation,
-                  [=]<Activation A>() { activate_backward_as<A, T, N>(n, pre, linear, dh, h, dpre, dlinear); });
+T activate_backward(Activation activation, Index n, T weight, const T* pre, const T* linear, const T* dh, T* h, T* dpre,
+                    T* dlinear) {
+  return with_activation(activation, [=]<Activation A>() {
+    return activate_backward_as<A, T, N>(n, weight, pre, linear, dh, h, dpre, dlinear);
+  });
 }
 
 template <class T, int N>
@@ -164,9 +165,7 @@ template <class T, int N>
 T dot(Index n, const T* a, const T* b) {
   Lanes<T, N> sums{};
   for_lanes<N>(n, [&](Index i, int count) { sums += load_some<T, N>(a + i, count) * load_some<T, N>(b + i, count); });
-  T total = 0;
-  for (int i = 0; i < N; ++i) total += sums[i];
-  return total;
+  return sum_of<T, N>(sums);
 }
 
 // The whole table of one target: N lanes per vector register, tiles of R rows.

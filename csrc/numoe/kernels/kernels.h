@@ -105,8 +105,10 @@ struct Kernels {
 
   // h = act(pre) * linear; linear == nullptr: h = act(pre).
   void (*activate)(Activation, Index n, const T* pre, const T* linear, T* h);
-  // The adjoint, and h again: dpre = dh * act'(pre) * linear, dlinear = dh * act(pre).  dh may be one of the outputs.
-  void (*activate_backward)(Activation, Index n, const T* pre, const T* linear, const T* dh, T* h, T* dpre, T* dlinear);
+  // The adjoint of weight * h, and that product again in h: dpre = weight * dh * act'(pre) * linear,
+  // dlinear = weight * dh * act(pre).  Returns ⟨dh, act(pre) * linear⟩.  dh may be one of the outputs.
+  T (*activate_backward)(Activation, Index n, T weight, const T* pre, const T* linear, const T* dh, T* h, T* dpre,
+                         T* dlinear);
 
   void (*axpy)(Index n, T alpha, const T* x, T* y);  // y += alpha * x
   // y[token[r]] += weight[r] * sums[r] for r < rows in order; rows of n numbers; weight == nullptr: 1.
