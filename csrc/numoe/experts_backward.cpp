@@ -49,7 +49,7 @@ class Backward : Pipeline<Compute<S>> {
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
-  using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_, Base::for_passes;
+  using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_;
 
   // The rows before the activation, as the forward had them.
   void compute_again(const ExpertRange& range, T* gate, T* up) {
@@ -89,21 +89,9 @@ class Backward : Pipeline<Compute<S>> {
           const Index col = piece * block, cols = std::min(block, F_ - col);
           const PackedRows<T> rows{dout.data() + start(range, e, D_), tiles(e), D_};
           const Transposed<T, S> down(w_.down[e], col, cols);
-          auto stage = down.stage();
-          for_passes(rows.tiles, [&](TileRange pass) {
-            const Index first = rows.tiles.begin(pass.begin), size = (rows.tiles.begin(pass.end) - first) * W_;
-            const Index at_once = down.panels_at_once(pass.count());
-            T* sums = scratch<T, 1>(at_once * size);
-            for (Index j = 0; j < down.count(); j += at_once) {
-              const auto now = some_panels(down, j, at_once), later = some_panels(down, j + at_once, at_once);
-              multiply_panels(stage, rows, pass, now, later, Store::overwrite, sums);
-              for (Index p = 0; p < now.count; ++p) {
-                const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
-                T* target = dh + start(range, e, F_) + first * F_ + col + panel_col;
-                const T* source = sums + p * size;
-                for (Index r = 0; r * W_ < size; ++r) copy_run(source + r * W_, valid, target + r * F_);
-              }
-            }
+          this->for_panels({Term(rows, down)}, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
+            T* target = dh + start(range, e, F_) + row * F_ + col + panel_col;
+            for (Index r = 0; r < sums.rows; ++r) copy_run(sums.row(r), sums.cols, target + r * F_);
           });
         });
   }
@@ -235,26 +223,16 @@ class Backward : Pipeline<Compute<S>> {
 
   void up_backward_columns(Index e, Index col, Index cols, const PackedRows<T>& dgate, const PackedRows<T>& dup,
                            T* dinput) {
-    const bool glu = w_.glu();
     const Transposed<T, S> up(w_.up[e], col, cols);
-    const Transposed<T, S> gate = glu ? Transposed<T, S>(w_.gate[e], col, cols) : up;
-    auto stage = up.stage();
-    for_passes(dup.tiles, [&](TileRange pass) {
-      const Index first = dup.tiles.begin(pass.begin), height = dup.tiles.begin(pass.end) - first;
-      const Index at_once = up.panels_at_once(pass.count());
-      T* sums = scratch<T, 1>(at_once * height * W_);
-      for (Index j = 0; j < up.count(); j += at_once) {
-        const auto now = some_panels(up, j, at_once), beside = some_panels(gate, j, at_once);
-        const auto later = some_panels(up, j + at_once, at_once);
-        multiply_panels(stage, dup, pass, now, glu ? beside : later, Store::overwrite, sums);
-        if (glu) multiply_panels(stage, dgate, pass, beside, later, Store::accumulate, sums);
-        for (Index p = 0; p < now.count; ++p) {
-          const Index panel_col = (j + p) * W_;
-          add_to_dx(e, first, col + panel_col, {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_},
-                    dinput);
-        }
-      }
-    });
+    const auto add = [&](Index row, Index panel_col, MatrixView<T> sums) {
+      add_to_dx(e, row, col + panel_col, sums, dinput);
+    };
+    if (w_.glu()) {
+      const Transposed<T, S> gate(w_.gate[e], col, cols);
+      this->for_panels({Term(dup, up), Term(dgate, gate)}, cols, add);
+    } else {
+      this->for_panels({Term(dup, up)}, cols, add);
+    }
   }
 
   void add_to_dx(Index e, Index row, Index col, MatrixView<T> sums, T* dinput) {

@@ -161,20 +161,8 @@ class Forward : Pipeline<T> {
 
   void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
     const auto down = matrices_.down(e, col, cols);
-    auto stage = down.stage();
-    for_passes(hidden.tiles, [&](TileRange pass) {
-      const Index first = hidden.tiles.begin(pass.begin), height = hidden.tiles.begin(pass.end) - first;
-      const Index at_once = down.panels_at_once(pass.count());
-      T* sums = scratch<T, 1>(at_once * height * W_);
-      for (Index j = 0; j < down.count(); j += at_once) {
-        const auto now = some_panels(down, j, at_once), later = some_panels(down, j + at_once, at_once);
-        multiply_panels(stage, hidden, pass, now, later, Store::overwrite, sums);
-        for (Index p = 0; p < now.count; ++p) {
-          const Index panel_col = (j + p) * W_;
-          add_to_result(e, first, col + panel_col, {sums + p * height * W_, height, std::min(W_, cols - panel_col), W_},
-                        result);
-        }
-      }
+    this->for_panels({Term(hidden, down)}, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
+      add_to_result(e, row, col + panel_col, sums, result);
     });
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,15 @@ std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index n
   }
   return ranges;
 }
+
+// One product in a sum of products.
+template <class T, class Source>
+struct Term {
+  const PackedRows<T>& rows;
+  const Source& source;
+};
+template <class T, class Source>
+Term(const PackedRows<T>&, const Source&) -> Term<T, Source>;
 
 template <class T>
 class Pipeline {
@@ -93,6 +103,32 @@ class Pipeline {
     const Index count = row_tiles.count(), at_once = std::max<Index>(1, rows_of_sums / kernel_.tile_rows);
     const Index passes = (count + at_once - 1) / at_once;
     for (Index i = 0; i < passes; ++i) body(TileRange{i * count / passes, (i + 1) * count / passes});
+  }
+
+  // use(row, col, sums) for every panel of Σ rows · source: `sums` are those of rows [row, ..) and columns [col, ..).  All
+  // terms have the same row tiles and `cols` columns.
+  template <class Source, class Use>
+  void for_panels(std::initializer_list<Term<T, Source>> terms, Index cols, Use use) const {
+    const Term<T, Source>* const term = terms.begin();
+    const RowTiles& row_tiles = term->rows.tiles;
+    auto stage = term->source.stage();
+    for_passes(row_tiles, [&](TileRange pass) {
+      const Index row = row_tiles.begin(pass.begin), height = row_tiles.begin(pass.end) - row;
+      const Index at_once = term->source.panels_at_once(pass.count());
+      T* sums = scratch<T, 1>(at_once * height * W_);
+      for (Index j = 0; j * W_ < cols; j += at_once) {
+        for (std::size_t i = 0; i < terms.size(); ++i) {
+          const bool last = i + 1 == terms.size();
+          const auto now = some_panels(term[i].source, j, at_once);
+          const auto next = some_panels(term[last ? 0 : i + 1].source, last ? j + at_once : j, at_once);
+          multiply_panels(stage, term[i].rows, pass, now, next, i == 0 ? Store::overwrite : Store::accumulate, sums);
+        }
+        for (Index p = 0; p < at_once && (j + p) * W_ < cols; ++p) {
+          const Index col = (j + p) * W_;
+          use(row, col, MatrixView<T>{sums + p * height * W_, height, std::min(W_, cols - col), W_});
+        }
+      }
+    });
   }
 
   // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.
