@@ -20,7 +20,8 @@ from numoe import reference
 from numoe.bench.workloads import Routings
 from numoe.config import EXPERT_PARAMS, ExpertConfig, RouterConfig, SharedExpertConfig
 from numoe.experts import experts_forward
-from numoe.layer import MoEGrads, MoELayer
+from numoe.layer import MoELayer
+from numoe.outputs import MoEGrads
 from numoe.routing import Routing, dispatch
 
 Array = npt.NDArray[Any]
