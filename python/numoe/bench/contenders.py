@@ -8,6 +8,7 @@ run here raises `ContenderUnavailableError` with the reason, which is printed.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,21 +79,21 @@ class Step:
     dparams: Callable[[], dict[str, Array]]  # experts' and shared gradients as in the layer; called outside the timing
 
 
-class Runner:
+class Runner(abc.ABC):
     """One implementation of the layer."""
 
-    def prepare(self, routings: Routings) -> None:
+    def prepare(self, routings: Routings) -> None:  # noqa: B027  most have nothing to prepare
         """What need not be timed: called once before the calls that will bring these routings."""
 
+    @abc.abstractmethod
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """The output y (T, D), for inference."""
-        raise NotImplementedError
 
     def forward_backward(self, x: Array, indices: Array, weights: Array, dy: Array) -> Step:
         """The output and the gradients of ``<dy, y>`` for x, weights and all expert matrices."""
         raise ContenderUnavailableError("it has no backward")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most hold nothing
         """Gives back threads, settings and memory."""
 
 
