@@ -10,18 +10,12 @@ from typing import Any
 import numoe
 import numpy as np
 import pytest
+from layers import layer_of
 from numoe import reference
 from numoe.config import ACTIVATIONS, PRIORITIES, MoEConfig
 from numoe.testing import Problem, assert_bitwise_equal, assert_close, random_problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def layer_of(problem: Problem) -> numoe.MoELayer:
-    """A layer with the problem's numbers."""
-    layer = numoe.MoELayer(config=problem.config, rng=0)
-    layer.load_state_dict(problem.params | problem.buffers)
-    return layer
 
 
 def make(seed: int = 0, **options: Any) -> numoe.MoELayer:
