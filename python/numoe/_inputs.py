@@ -18,10 +18,12 @@ def tokens_of(x: Any, mask: Any, config: MoEConfig) -> tuple[FloatArray, tuple[i
     if math.prod(getattr(x, "shape", ())[:-1]) * choices >= 2**31:
         raise OverflowError(f"T * K = {math.prod(x.shape[:-1])} * {choices} must be below 2**31; split the batch.")
     array = as_float(x, "x", config.array_dtype)
-    if array.ndim == 0 or array.shape[-1] != width:
-        raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {array.shape}.")
     shape = array.shape
-    tokens = array.reshape(math.prod(shape[:-1]), width).astype(config.compute_dtype, copy=False)
+    if not shape or shape[-1] != width:
+        raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {shape}.")
+    tokens = array if len(shape) == 2 else array.reshape(math.prod(shape[:-1]), width)
+    if config.array_dtype != config.compute_dtype:
+        tokens = tokens.astype(config.compute_dtype)
     if mask is None:
         return tokens, shape, None
     valid = as_mask(mask, len(tokens), shape[:-1])

@@ -26,26 +26,26 @@ def initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, Flo
 
 def initial_buffers(config: MoEConfig) -> dict[str, FloatArray]:
     """Zeros."""
-    return {name: np.zeros(shape, config.param_dtype(name)) for name, shape in config.buffer_shapes().items()}
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in config.buffer_specs.items()}
 
 
 def check_state(config: MoEConfig, params: Mapping[str, FloatArray], buffers: Mapping[str, FloatArray]) -> None:
     """The parameters are the user's to change; their names, shapes and dtype are not."""
-    for kind, values, shapes in (
-        ("params", params, config.param_shapes()),
-        ("buffers", buffers, config.buffer_shapes()),
-    ):
-        for name, shape in shapes.items():
-            value, dtype = values.get(name), config.param_dtype(name)
-            if type(value) is np.ndarray and value.shape == shape and value.dtype == dtype:
-                continue
-            ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
-            if value is None or not ours or value.shape != shape or value.dtype != dtype:
-                got = f"{value.dtype} {value.shape}" if value is not None and ours else type(value).__name__
-                raise ValueError(
-                    f"layer.{kind}[{name!r}] must be a {dtype} array of shape {shape}; got {got}.  "
-                    f"Assign in place: layer.{kind}[{name!r}][...] = value."
-                )
+    for kind, values, specs in (("params", params, config.param_specs), ("buffers", buffers, config.buffer_specs)):
+        for name, (shape, dtype) in specs.items():
+            value = values.get(name)
+            if type(value) is not np.ndarray or value.shape != shape or value.dtype != dtype:
+                _check_array(f"layer.{kind}[{name!r}]", value, shape, dtype)
+
+
+def _check_array(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """A subclass of ndarray passes, unless it means something else."""
+    ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+    if not ours or value.shape != shape or value.dtype != dtype:
+        got = f"{value.dtype} {value.shape}" if ours else type(value).__name__
+        raise ValueError(
+            f"{name} must be a {dtype} array of shape {shape}; got {got}.  Assign in place: {name}[...] = value."
+        )
 
 
 def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, FloatArray]]:
@@ -55,12 +55,10 @@ def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, F
         config = MoEConfig.from_dict(settings)
     except (TypeError, ValueError, KeyError) as error:
         raise checkpoint.CheckpointError(f"{path}: the configuration inside is not valid: {error}") from None
-    shapes = config.param_shapes() | config.buffer_shapes()
+    expected = config.param_specs | config.buffer_specs
     for name, value in state.items():
-        if name in shapes and value.dtype != config.param_dtype(name):
-            expects = config.param_dtype(name)
-            raise checkpoint.CheckpointError(f"{path}: {name!r} must be {expects}; got {value.dtype}.")
-    expected = {name: (shape, config.param_dtype(name)) for name, shape in shapes.items()}
+        if name in expected and value.dtype != expected[name][1]:
+            raise checkpoint.CheckpointError(f"{path}: {name!r} must be {expected[name][1]}; got {value.dtype}.")
     arrays, _ = checkpoint.checked_state(state, expected, source=str(path))
-    params = {name: arrays[name] for name in config.param_shapes()}
-    return config, params, {name: arrays[name] for name in config.buffer_shapes()}
+    params = {name: arrays[name] for name in config.param_specs}
+    return config, params, {name: arrays[name] for name in config.buffer_specs}

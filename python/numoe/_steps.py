@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from numoe.routing import Dispatch, Routing, combine_weights, dispatch, route, r
 NAN_POLICIES = ("propagate", "raise")
 
 
-@dataclass(frozen=True)
-class RouterPass:
+class RouterPass(NamedTuple):
     """The logits and how they came about."""
 
     logits: FloatArray  # (T, E), what was routed on
@@ -75,8 +73,7 @@ def check_nan(policy: str, x: FloatArray, router: RouterPass | None, real: BoolA
 SHARED_GATE = RouterConfig(num_experts=1, top_k=1, score="sigmoid", normalize="none")
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """One set of experts at work: its plan, the weights it combined with, and its cache."""
 
     config: ExpertConfig
@@ -138,9 +135,8 @@ def _run_shared(
         for name in ("w_gate", "w_up", "w_down")
         if f"w_shared_{name[2:]}" in params
     }
-    experts = ExpertConfig(d_ff=config.d_ff, form=config.form, activation=config.activation)
     weights = None if score is None else routing.weights
-    return _run(experts, own, x, routing, dispatch(routing, SHARED_GATE), weights, keep_cache)
+    return _run(config.experts, own, x, routing, dispatch(routing, SHARED_GATE), weights, keep_cache)
 
 
 def _run(

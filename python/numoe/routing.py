@@ -243,7 +243,7 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
             raise ValueError(f"choice_bias must be finite; entry {int(np.argmin(np.isfinite(choice_bias)))} is not.")
     if mask is not None:
         mask = as_mask(mask, len(z))
-    indices, weights = _core.route(z, router_options(config), choice_bias, mask)
+    indices, weights = _core.route(z, _options_of(config), choice_bias, mask)
     return Routing(indices=indices, weights=weights, logits=z, mask=mask)
 
 

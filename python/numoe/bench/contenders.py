@@ -118,7 +118,7 @@ class Numoe(Runner):
                 for part in ("gate", "up", "down")
                 if f"w_shared_{part}" in layer.params
             }
-            self._shared_config = ExpertConfig(d_ff=shared.d_ff, form=shared.form, activation=shared.activation)
+            self._shared_config = shared.experts
 
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """Sorts, runs the experts, combines."""
