@@ -7,11 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numoe import losses
-from numoe._arrays import BoolArray, FloatArray
+from numoe import _core, losses
+from numoe._arrays import BoolArray, FloatArray, as_float
 from numoe.config import ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from numoe.experts import ExpertCache, experts_backward, experts_forward
-from numoe.routing import Dispatch, Routing, combine_weights, dispatch, route, router_logits
+from numoe.experts import ExpertCache, expert_options, expert_params, experts_backward, experts_forward
+from numoe.routing import (
+    Dispatch,
+    Routing,
+    checked_choice_bias,
+    combine_weights,
+    dispatch,
+    route,
+    router_logits,
+    router_options,
+)
 
 NAN_POLICIES = ("propagate", "raise")
 
@@ -111,12 +120,50 @@ def run_experts(
     """The routed experts' and the shared expert's sum (T, D), and what their backwards need."""
     used = combine_weights(routing, plan, config.router, config.dispatch)
     y, routed = _run(config.experts, params, x, routing, plan, used, keep_cache)
+    return y, routed, _add_shared(config, params, x, routing.mask, y, keep_cache)
+
+
+def infer(
+    config: MoEConfig,
+    params: dict[str, FloatArray],
+    buffers: Mapping[str, FloatArray],
+    x: FloatArray,
+    real: BoolArray | None,
+) -> FloatArray:
+    """What `router_pass`, `route`, `dispatch` and `run_experts` give where nothing is drawn, dropped or kept: y (T, D).
+
+    The routed experts are one call of the core.
+    """
+    bias = params.get("b_router")
+    y = _core.layer_forward(
+        x,
+        real,
+        as_float(params["w_router"], "w_router", x.dtype, ndim=2),
+        None if bias is None else as_float(bias, "b_router", x.dtype, ndim=1),
+        checked_choice_bias(buffers.get("choice_bias"), x.dtype),
+        router_options(config.router),
+        expert_params(params, config.experts, x.dtype),
+        expert_options(config.experts),
+    )
+    _add_shared(config, params, x, real, y, keep_cache=False)
+    return y
+
+
+def _add_shared(
+    config: MoEConfig,
+    params: Mapping[str, FloatArray],
+    x: FloatArray,
+    real: BoolArray | None,
+    y: FloatArray,
+    keep_cache: bool,
+) -> Branch | None:
+    """Add the shared expert's output to y (T, D), if there is one."""
     if config.shared is None:
-        return y, routed, None
-    y_shared, shared = _run_shared(config.shared, params, x, routing.mask, keep_cache)
+        return None
+    y_shared, shared = _run_shared(config.shared, params, x, real, keep_cache)
     with np.errstate(all="ignore"):
         y += y_shared
-    return y, routed, shared
+    return shared
 
 
 def _run_shared(

@@ -50,8 +50,8 @@ _NAMES = {  # of the parameters: form, bias →
 }
 
 
-def _of_experts(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype[Any]) -> dict[str, FloatArray]:
-    """The experts' parameters of a layer; never copied, because they may be gigabytes and are read in place."""
+def expert_params(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype[Any]) -> dict[str, FloatArray]:
+    """The experts' parameters as the core takes them; never copied, because they may be gigabytes."""
     expected = _NAMES[config.form, config.bias]
     chosen = {name: params[name] for name in EXPERT_PARAMS if name in params}
     if tuple(chosen) != expected:
@@ -143,7 +143,7 @@ def experts_forward(
         plan.row_assignment,
         plan.top_k,
         weights,
-        _of_experts(params, config, x.dtype),
+        expert_params(params, config, x.dtype),
         options,
         combined,
         keep_cache,
@@ -212,7 +212,7 @@ def experts_backward(
         plan.row_assignment,
         plan.top_k,
         weights,
-        _of_experts(params, config, x.dtype),
+        expert_params(params, config, x.dtype),
         expert_options(config),
         combined,
         cache.gate,

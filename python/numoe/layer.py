@@ -15,7 +15,7 @@ from numoe._arrays import BoolArray, FloatArray, as_float
 from numoe._gradients import grad_store, layer_gradients
 from numoe._inputs import check_out, lengths_of, outside_logits, outside_routing, routing_source, tokens_of
 from numoe._state import check_state, initial_buffers, initial_params, read_state
-from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, router_pass, run_experts
+from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, infer, router_pass, run_experts
 from numoe.config import MoEConfig, checked_flag, checked_real
 from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput
 from numoe.packed import PackedMoELayer
@@ -164,11 +164,14 @@ class MoELayer:
         tokens, shape, real = tokens_of(x, mask, config)
         if out is not None:
             check_out(out, tokens, shape, self.dtype)
-        router = router_pass(config.router, self.params, tokens, None, rng)
-        check_nan(nan_policy, tokens, router, real)
-        routing = self._route(router, real)
-        plan = dispatch(routing, config.router, config.dispatch, sequence_lengths=lengths_of(shape))
-        result, _, _ = run_experts(config, self.params, tokens, routing, plan, keep_cache=False)
+        if rng is None and nan_policy == "propagate" and config.dispatch.dropless:
+            result = infer(config, self.params, self.buffers, tokens, real)
+        else:
+            router = router_pass(config.router, self.params, tokens, None, rng)
+            check_nan(nan_policy, tokens, router, real)
+            routing = self._route(router, real)
+            plan = dispatch(routing, config.router, config.dispatch, sequence_lengths=lengths_of(shape))
+            result, _, _ = run_experts(config, self.params, tokens, routing, plan, keep_cache=False)
         y = in_shape(result, shape, config)
         if out is None:
             return y

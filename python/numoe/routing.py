@@ -237,13 +237,9 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
     z = as_float(logits, "logits", ndim=2)
     if z.shape[1] != config.num_experts:
         raise ValueError(f"logits must have shape (T, E) with E = num_experts = {config.num_experts}; got {z.shape}.")
-    if choice_bias is not None:
-        choice_bias = as_float(choice_bias, "choice_bias", z.dtype, ndim=1)
-        if not np.isfinite(choice_bias).all():
-            raise ValueError(f"choice_bias must be finite; entry {int(np.argmin(np.isfinite(choice_bias)))} is not.")
     if mask is not None:
         mask = as_mask(mask, len(z))
-    indices, weights = _core.route(z, _options_of(config), choice_bias, mask)
+    indices, weights = _core.route(z, _options_of(config), checked_choice_bias(choice_bias, z.dtype), mask)
     return Routing(indices=indices, weights=weights, logits=z, mask=mask)
 
 
@@ -380,6 +376,16 @@ def dispatch(
         assignment_row=assignment_row,
         capacity=None if groups is None else int(groups.largest),
     )
+
+
+def checked_choice_bias(choice_bias: Any, dtype: np.dtype[Any]) -> FloatArray | None:
+    """`choice_bias` as the core takes it, finite; None stays None."""
+    if choice_bias is None:
+        return None
+    array = as_float(choice_bias, "choice_bias", dtype, ndim=1)
+    if not np.isfinite(array).all():
+        raise ValueError(f"choice_bias must be finite; entry {int(np.argmin(np.isfinite(array)))} is not.")
+    return array
 
 
 def check_config(config: Any, kind: type, part: str) -> None:
