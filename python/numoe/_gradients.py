@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +17,7 @@ from numoe.routing import combine_weights_backward, route_backward, router_logit
 # ── where gradients are stored ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class GradStore:
+class GradStore(NamedTuple):
     """Where the parameters' gradients go: into new arrays, or into given ones, overwritten or added to."""
 
     into: Mapping[str, FloatArray] | None

@@ -318,10 +318,11 @@ class MoELayer:
         """`out` came from this layer's forward, and the parameters are still what the backward needs."""
         if not isinstance(out, MoEOutput):
             raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
-        if out._cache.params is not self.params and out._cache.config == self._config:
-            raise ValueError("out comes from another layer; pass this layer's own forward result.")
-        if out._cache.config != self._config:
+        cache = out._cache
+        if cache.config is not self._config and cache.config != self._config:
             raise ValueError("out comes from a layer with another configuration; pass this layer's own forward result.")
+        if cache.params is not self.params:
+            raise ValueError("out comes from another layer; pass this layer's own forward result.")
         self._check_state()
 
     def _route(self, router: RouterPass, real: BoolArray | None) -> Routing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from numoe import losses
 from numoe._arrays import FloatArray
@@ -19,8 +20,7 @@ class LossTerm:
     coefficient: float
 
 
-@dataclass(frozen=True)
-class ForwardCache:
+class ForwardCache(NamedTuple):
     """What the backward needs."""
 
     params: dict[str, FloatArray]  # the layer's own: tells whose forward this was
