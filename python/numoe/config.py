@@ -358,7 +358,11 @@ class SharedExpertConfig(_Checked):
 
     @functools.cached_property
     def experts(self) -> ExpertConfig:
-        """What it computes, as the configuration of one routed expert."""
+        """What it computes, as the configuration of one routed expert.
+
+        >>> SharedExpertConfig(d_ff=8, form="mlp").experts.form
+        'mlp'
+        """
         return ExpertConfig(d_ff=self.d_ff, form=self.form, activation=self.activation)
 
 
@@ -480,7 +484,11 @@ class MoEConfig(_Checked):
 
     @functools.cached_property
     def param_specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Name → shape and dtype of every learned parameter; made once, because every call asks."""
+        """Name → shape and dtype of every learned parameter; made once, because every call asks.
+
+        >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1).param_specs["w_router"]
+        ((4, 2), dtype('float32'))
+        """
         return {name: (shape, self.param_dtype(name)) for name, shape in self.param_shapes().items()}
 
     @functools.cached_property

@@ -173,6 +173,10 @@ def experts_backward(
 
     Parameters
     ----------
+    dresult : (M, D), or (T, D) if combined
+        Gradient of the objective with respect to what `experts_forward` returned.
+    x, plan, params, config, cache, weights, combined
+        As in the forward, and what it returned.
     into : mapping of str to array, optional
         Arrays for the parameters' gradients, of x's dtype and the parameters' shapes; e.g. those of the last step.
     accumulate : bool
@@ -185,6 +189,11 @@ def experts_backward(
         None if `weights` was None (or, with ``combined=False``, belongs to `combine_backward`).
     dparams : dict
         Same names and shapes as the experts' parameters, in x's dtype; exactly 0 for experts without rows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit the forward's; before anything was written.
 
     Examples
     --------

@@ -47,7 +47,8 @@ class MoELayer:
     config : MoEConfig
     params : dict of str to array
         Change them in place at any time; the next call sees it.  ``w_router`` (D, E), ``w_gate`` (E, D, F),
-        ``w_up`` (E, D, F), ``w_down`` (E, F, D), and what the options add.
+        ``w_up`` (E, D, F), ``w_down`` (E, F, D), and what the options add.  The layer's dtype; in a bfloat16 layer
+        only the experts' matrices are bfloat16, everything else is float32.
     buffers : dict of str to array
         State without gradient: ``choice_bias`` (E,) if configured.
 
@@ -60,6 +61,11 @@ class MoELayer:
     -----
     A layer has no hidden state: two forwards may be alive at once, and concurrent forwards are safe.  ``backward`` uses
     the parameters as they are when it is called; change them after it, not between.
+
+    References
+    ----------
+    Shazeer et al. 2017 (sparsely gated experts); Fedus et al. 2021 (Switch); Jiang et al. 2024 (Mixtral); Dai et al.
+    2024 (DeepSeekMoE: shared experts).
 
     Examples
     --------
@@ -140,12 +146,13 @@ class MoELayer:
         out: FloatArray | None = None,
         nan_policy: str = "propagate",
     ) -> FloatArray:
-        """Inference: ``y`` alone, keeping nothing for a backward.
+        """Inference: ``y`` alone, keeping nothing for a backward; the bits of ``forward(x).y``.
 
         Parameters
         ----------
         x : (..., D)
-            Any leading shape, restored in the result; (D,) is one token.
+            Any leading shape, restored in the result; (D,) is one token.  Other floating dtypes than the layer's are
+            converted.
         mask : (...) bool, optional
             True for real tokens; the others get y = 0.
         rng : anything `numpy.random.default_rng` accepts, optional
@@ -158,6 +165,26 @@ class MoELayer:
         Returns
         -------
         y : (..., D)
+            Of the layer's dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an argument that does not fit, a parameter replaced by something that does not, or a token whose logits
+            are all -inf.
+        OverflowError
+            If T·K is 2³¹ or more.
+        FloatingPointError
+            With ``nan_policy="raise"``, for NaN in a real token or its logits.
+
+        Examples
+        --------
+        >>> import numpy as np, numoe
+        >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0)
+        >>> x = np.ones((3, 8), np.float32)
+        >>> y = layer(x, mask=np.array([True, False, True]))
+        >>> y.shape, bool(np.all(y[0] == layer(x[0]))), bool(np.any(y[1]))
+        ((3, 8), True, False)
         """
         self._check_state()
         config = self._config
@@ -196,7 +223,8 @@ class MoELayer:
         Parameters
         ----------
         x : (..., D)
-            Any leading shape, restored in ``out.y``; the last but one axis is the sequence.
+            Any leading shape, restored in ``out.y``; the last but one axis is the sequence.  Other floating dtypes than
+            the layer's are converted.
         mask : (...) bool, optional
             True for real tokens.  The others get y = 0 and count nowhere: not in routing, capacity, losses, gradients.
         rng : anything `numpy.random.default_rng` accepts, optional
@@ -220,8 +248,18 @@ class MoELayer:
         ------
         TypeError, ValueError, IndexError
             For an argument that does not fit; the message names it.
+        OverflowError
+            If T·K is 2³¹ or more.
         FloatingPointError
-            With ``nan_policy="raise"``, for NaN logits.
+            With ``nan_policy="raise"``, for NaN in a real token or its logits.
+
+        Examples
+        --------
+        >>> import numpy as np, numoe
+        >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, aux_losses={"z": 0.1}, rng=0)
+        >>> out = layer.forward(np.ones((3, 8), np.float32))
+        >>> out.routing.weights.sum(axis=1), out.dispatch.load.sum(), out.aux_loss == 0.1 * out.losses["z"].value
+        (array([1., 1., 1.], dtype=float32), np.int64(6), True)
         """
         config = self._config
         keep = not checked_flag("recompute", recompute)
@@ -288,6 +326,12 @@ class MoELayer:
         MoEGrads
             Gradients of parameters are float32 for a bfloat16 layer.
 
+        Raises
+        ------
+        TypeError, ValueError
+            If `dy` has another shape than ``out.y``, `out` comes from another layer, or arrays of `into` do not fit;
+            before anything was written.
+
         Examples
         --------
         >>> import numpy as np, numoe
@@ -336,6 +380,11 @@ class MoELayer:
         dtype : {"float32", "bfloat16", "float64"}, optional
             How the experts' weights are stored; default: the layer's own dtype.
 
+        Raises
+        ------
+        ValueError
+            For a layer with a capacity, or a dtype that its weights cannot be stored in.
+
         Examples
         --------
         >>> import numoe
@@ -348,9 +397,27 @@ class MoELayer:
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def update_choice_bias(self, out: MoEOutput, rate: float = 1e-3) -> None:
-        """Loss-free balancing: push the choice bias towards the experts that `out` underused, in place.
+        r"""Loss-free balancing: push the choice bias towards the experts that `out` underused, in place.
 
-        See `numoe.losses.update_choice_bias`; counts are taken before dropping.
+        .. math:: b_e \leftarrow b_e + rate \cdot sign(mean(c) - c_e)
+
+        with the counts :math:`c` of ``out.routing.indices``, taken before dropping.
+
+        Parameters
+        ----------
+        out : MoEOutput
+            From this layer's `forward`.
+        rate : float
+            >= 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the layer was built without ``choice_bias=True``, or `rate` is negative or not finite.
+
+        References
+        ----------
+        Wang et al. 2024, arXiv:2408.15664 (loss-free balancing); see `numoe.losses.update_choice_bias`.
 
         Examples
         --------
@@ -370,7 +437,14 @@ class MoELayer:
         self.buffers["choice_bias"][...] = losses.update_choice_bias(self.buffers["choice_bias"], counts, rate)
 
     def state_dict(self) -> dict[str, FloatArray]:
-        """Name → array of all parameters and buffers: the layer's own arrays, not copies."""
+        """Name → array of all parameters and buffers: the layer's own arrays, not copies.
+
+        Examples
+        --------
+        >>> import numoe
+        >>> list(numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0).state_dict())
+        ['w_router', 'w_gate', 'w_up', 'w_down']
+        """
         return {**self.params, **self.buffers}
 
     def load_state_dict(self, state: Mapping[str, npt.ArrayLike], strict: bool = True) -> list[str]:
@@ -390,7 +464,20 @@ class MoELayer:
         Raises
         ------
         numoe.CheckpointError
-            Before anything was changed.
+            For missing or unexpected names, shapes or dtypes that do not fit.
+        TypeError, ValueError
+            If `state` is no mapping, or an array of the layer is read-only.  In all cases before anything was changed.
+
+        Examples
+        --------
+        >>> import numpy as np, numoe
+        >>> options = dict(d_model=8, d_ff=16, num_experts=4, top_k=2)
+        >>> layer, twin = numoe.MoELayer(rng=0, **options), numoe.MoELayer(rng=1, **options)
+        >>> twin.load_state_dict(layer.state_dict())
+        []
+        >>> x = np.ones((3, 8), np.float32)
+        >>> bool(np.all(twin(x) == layer(x)))
+        True
         """
         own = self.state_dict()
         return checkpoint.copy_state(state, own, strict=strict)
@@ -398,9 +485,18 @@ class MoELayer:
     def save(self, path: Any) -> None:
         """Write parameters, buffers and configuration to one ``.safetensors`` file, atomically.
 
+        Parameters
+        ----------
+        path : path-like
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written; one that was there before is untouched then.
+
         See Also
         --------
-        MoELayer.load
+        MoELayer.load : with an example of both.
         """
         checkpoint.save(path, self.state_dict(), config=self._config.to_dict())
 
@@ -412,6 +508,18 @@ class MoELayer:
         ------
         numoe.CheckpointError
             If the file is not one, is damaged, or does not fit its own configuration.
+        OSError
+            If it cannot be read.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile, numoe
+        >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "layer.safetensors"
+        ...     layer.save(path)
+        ...     numoe.MoELayer.load(path).config == layer.config
+        True
         """
         layer = cls.__new__(cls)
         layer._config, layer.params, layer.buffers = read_state(path)

@@ -14,7 +14,15 @@ from numoe.routing import Dispatch, Routing
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One auxiliary loss of a forward: its raw value and the coefficient it enters ``aux_loss`` with."""
+    """One auxiliary loss of a forward: its raw value and the coefficient it enters ``aux_loss`` with.
+
+    Examples
+    --------
+    >>> import numpy as np, numoe
+    >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, aux_losses={"importance": 0.1}, rng=0)
+    >>> layer.forward(np.zeros((3, 8), np.float32)).losses["importance"].coefficient
+    0.1
+    """
 
     value: float
     coefficient: float
@@ -40,13 +48,21 @@ class MoEOutput:
     Attributes
     ----------
     y : (..., D)
+        Of the layer's dtype, in x's shape.
     routing : Routing
-        ``indices`` (T, K), ``weights`` (T, K), ``logits`` (T, E).
+        ``indices`` (T, K), ``weights`` (T, K), ``logits`` (T, E); float32 in a bfloat16 layer.
     dispatch : Dispatch
         Which assignments were kept, and in which row.
     losses : dict of str to LossTerm
     aux_loss : float
         Sum of coefficient times value over `losses`.
+
+    Examples
+    --------
+    >>> import numpy as np, numoe
+    >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, capacity=2, rng=0)
+    >>> layer.forward(np.ones((3, 8), np.float32))
+    MoEOutput(y=(3, 8), Dispatch(T=3, K=2, E=4, M=4 rows, capacity=2), dropped=2, aux_loss=0)
     """
 
     y: FloatArray
@@ -68,12 +84,22 @@ class MoEGrads:
     Attributes
     ----------
     x : (..., D)
+        Of the layer's dtype.
     params : dict of str to array
-        Same names and shapes as ``layer.params``.
+        Same names and shapes as ``layer.params``; float32 in a bfloat16 layer, as `logits` and `weights` are.
     logits : (..., E) or None
         Given if the forward got its logits from outside.
     weights : (..., K) or None
         Given if the forward got its routing from outside.
+
+    Examples
+    --------
+    >>> import numpy as np, numoe
+    >>> layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0)
+    >>> out = layer.forward(np.ones((3, 8), np.float32), logits=np.ones((3, 4)))
+    >>> grads = layer.backward(out.y, out)
+    >>> grads, grads.logits.shape, grads.weights
+    (MoEGrads(x=(3, 8), params={w_router, w_gate, w_up, w_down}), (3, 4), None)
     """
 
     x: FloatArray

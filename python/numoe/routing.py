@@ -134,6 +134,11 @@ def router_logits(x: Any, w_router: Any, b_router: Any = None) -> FloatArray:
     logits : (T, E)
         A token's logits do not depend on the other tokens, bit for bit.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no floating-point array, or shapes do not agree.
+
     Examples
     --------
     >>> import numpy as np, numoe
@@ -161,6 +166,12 @@ def router_logits_backward(dlogits: Any, x: Any, w_router: Any) -> tuple[FloatAr
     dx : (T, D)
     dw_router : (D, E)
     db_router : (E,)
+        All of x's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no floating-point array, or shapes do not agree.
 
     Examples
     --------
@@ -215,6 +226,7 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
     Returns
     -------
     Routing
+        Weights of the logits' dtype.
 
     Raises
     ------
@@ -260,6 +272,12 @@ def route_backward(dweights: Any, routing: Routing, config: RouterConfig) -> Flo
     Returns
     -------
     dlogits : (T, E)
+        Of the logits' dtype.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        If `routing` did not come from `route`, or shapes do not agree.
 
     Examples
     --------
