@@ -11,7 +11,7 @@ from numoe import losses
 from numoe._arrays import FloatArray
 from numoe._steps import SHARED_GATE, Branch, in_shape
 from numoe.config import MoEConfig
-from numoe.outputs import ForwardCache, MoEGrads, MoEOutput
+from numoe.outputs import ForwardCache, MoEGrads, MoEOutput, check_output
 from numoe.routing import combine_weights_backward, route_backward, router_logits_backward
 
 # ── where gradients are stored ───────────────────────────────────────────────────────────────────────────────────────
@@ -70,6 +70,16 @@ def grad_store(
 
 
 # ── the steps in reverse ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_own(out: Any, config: MoEConfig, params: Mapping[str, FloatArray]) -> None:
+    """`out` came from the forward of the layer that has this configuration and these parameters."""
+    check_output(out)
+    cache = out._cache
+    if cache.config is not config and cache.config != config:
+        raise ValueError("out comes from a layer with another configuration; pass this layer's own forward result.")
+    if cache.params is not params:
+        raise ValueError("out comes from another layer; pass this layer's own forward result.")
 
 
 def layer_gradients(dy: FloatArray, out: MoEOutput, scale: float, store: GradStore) -> MoEGrads:

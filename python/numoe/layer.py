@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from numoe import checkpoint, losses
 from numoe._arrays import BoolArray, FloatArray, as_float
-from numoe._gradients import grad_store, layer_gradients
+from numoe._gradients import check_own, grad_store, layer_gradients
 from numoe._inputs import check_out, lengths_of, outside_logits, outside_routing, routing_source, tokens_of
 from numoe._state import check_state, initial_buffers, initial_params, read_state
 from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, infer, router_pass, run_experts
 from numoe.config import MoEConfig, checked_flag, checked_real
-from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput
+from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput, check_output
 from numoe.packed import PackedMoELayer
 from numoe.routing import Routing, check_sequence_lengths, dispatch, route
 
@@ -169,13 +169,8 @@ class MoELayer:
 
         Raises
         ------
-        TypeError, ValueError
-            For an argument that does not fit, a parameter replaced by something that does not, or a token whose logits
-            are all -inf.
-        OverflowError
-            If T·K is 2³¹ or more.
-        FloatingPointError
-            With ``nan_policy="raise"``, for NaN in a real token or its logits.
+        TypeError, ValueError, OverflowError, FloatingPointError
+            As `forward`.
 
         Examples
         --------
@@ -247,7 +242,8 @@ class MoELayer:
         Raises
         ------
         TypeError, ValueError, IndexError
-            For an argument that does not fit; the message names it.
+            For an argument, or a parameter that was replaced, that does not fit: the message names it.  For a token
+            whose logits are all -inf.
         OverflowError
             If T·K is 2³¹ or more.
         FloatingPointError
@@ -343,8 +339,9 @@ class MoELayer:
         >>> twice.params["w_up"] is grads.params["w_up"], bool(np.all(twice.params["w_up"] == 2 * once))
         (True, True)
         """
-        self._check_own(out)
         config = self._config
+        check_own(out, config, self.params)
+        self._check_state()
         store = grad_store(into, checked_flag("accumulate", accumulate), config, self.params)
         dy = as_float(dy, "dy", config.compute_dtype)
         if dy.shape != out.y.shape:
@@ -357,17 +354,6 @@ class MoELayer:
 
     def _check_state(self) -> None:
         check_state(self._config, self.params, self.buffers)
-
-    def _check_own(self, out: Any) -> None:
-        """`out` came from this layer's forward, and the parameters are still what the backward needs."""
-        if not isinstance(out, MoEOutput):
-            raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
-        cache = out._cache
-        if cache.config is not self._config and cache.config != self._config:
-            raise ValueError("out comes from a layer with another configuration; pass this layer's own forward result.")
-        if cache.params is not self.params:
-            raise ValueError("out comes from another layer; pass this layer's own forward result.")
-        self._check_state()
 
     def _route(self, router: RouterPass, real: BoolArray | None) -> Routing:
         return route(router.logits, self._config.router, choice_bias=self.buffers.get("choice_bias"), mask=real)
@@ -403,13 +389,6 @@ class MoELayer:
 
         with the counts :math:`c` of ``out.routing.indices``, taken before dropping.
 
-        Parameters
-        ----------
-        out : MoEOutput
-            From this layer's `forward`.
-        rate : float
-            >= 0.
-
         Raises
         ------
         TypeError, ValueError
@@ -430,8 +409,7 @@ class MoELayer:
         """
         if "choice_bias" not in self.buffers:
             raise ValueError("this layer has no choice bias; build it with choice_bias=True.")
-        if not isinstance(out, MoEOutput):
-            raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
+        check_output(out)
         chosen = out.routing.indices
         counts = np.bincount(chosen[chosen >= 0], minlength=self._config.router.num_experts)
         self.buffers["choice_bias"][...] = losses.update_choice_bias(self.buffers["choice_bias"], counts, rate)
@@ -470,24 +448,15 @@ class MoELayer:
 
         Examples
         --------
-        >>> import numpy as np, numoe
-        >>> options = dict(d_model=8, d_ff=16, num_experts=4, top_k=2)
-        >>> layer, twin = numoe.MoELayer(rng=0, **options), numoe.MoELayer(rng=1, **options)
-        >>> twin.load_state_dict(layer.state_dict())
-        []
-        >>> x = np.ones((3, 8), np.float32)
-        >>> bool(np.all(twin(x) == layer(x)))
-        True
+        >>> import numoe
+        >>> layer, other = (numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=seed) for seed in (0, 1))
+        >>> layer.load_state_dict({"w_up": other.params["w_up"]}, strict=False)
+        ['w_router', 'w_gate', 'w_down']
         """
-        own = self.state_dict()
-        return checkpoint.copy_state(state, own, strict=strict)
+        return checkpoint.copy_state(state, self.state_dict(), strict=strict)
 
     def save(self, path: Any) -> None:
         """Write parameters, buffers and configuration to one ``.safetensors`` file, atomically.
-
-        Parameters
-        ----------
-        path : path-like
 
         Raises
         ------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numoe import losses
 from numoe._arrays import FloatArray
@@ -75,6 +75,12 @@ class MoEOutput:
     def __repr__(self) -> str:
         dropped = int((self.routing.indices >= 0).sum()) - self.dispatch.num_rows
         return f"MoEOutput(y={self.y.shape}, {self.dispatch!r}, dropped={dropped}, aux_loss={self.aux_loss:.6g})"
+
+
+def check_output(out: Any) -> None:
+    """`out` is what a forward returns."""
+    if not isinstance(out, MoEOutput):
+        raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
 
 
 @dataclass(frozen=True, kw_only=True)
