@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numoe
 import numpy as np
 import numpy.typing as npt
 import pytest
 from numoe import _core, reference
+from numoe.bench import machine, scaling, suite
 from numoe.config import MoEConfig
 from numoe.testing import Problem, random_problem
 
@@ -32,6 +34,23 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator of its own for every test, the same in every run."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """The number of threads is afterwards what it was."""
+    before = numoe.num_threads()
+    yield
+    numoe.set_num_threads(before)
+
+
+@pytest.fixture
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run reads 512 MB, insists on an undisturbed peak and waits for other threads; tests need none of it."""
+    monkeypatch.setattr(suite, "settle", lambda: None)
+    monkeypatch.setattr(scaling, "settle", lambda: None)
+    monkeypatch.setattr(machine, "DRAM_SIZE", 2**24)
+    monkeypatch.setattr(machine, "_ATTEMPTS", 1)
 
 
 class ReferenceLayer:

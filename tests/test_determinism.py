@@ -6,14 +6,15 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numoe
 import numpy as np
 import pytest
+from layers import layer_of
 from numoe.testing import assert_bitwise_equal, random_problem
 
+pytestmark = pytest.mark.usefixtures("restored_threads")
 Options = dict[str, Any]
 
 LAYERS: dict[str, Options] = {
@@ -36,9 +37,7 @@ NO_DROP = [name for name in LAYERS if name != "dropping"]
 
 def make(name: str) -> numoe.MoELayer:
     problem = random_problem(0, **({"d_model": 24, "d_ff": 40, "dtype": "float32"} | LAYERS[name]))
-    layer = numoe.MoELayer(config=problem.config, rng=0)
-    layer.load_state_dict(problem.params | problem.buffers)
-    return layer
+    return layer_of(problem)
 
 
 def tokens(layer: numoe.MoELayer, count: int, seed: int = 1) -> np.ndarray:
@@ -58,13 +57,6 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert_bitwise_equal(actual[name], value, name=name)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = numoe.num_threads()
-    yield
-    numoe.set_num_threads(before)
 
 
 # ── threads

@@ -14,6 +14,7 @@ from typing import Any
 import numoe
 import numpy as np
 import pytest
+from layers import snapshot
 from numoe import losses, optim
 from numoe.testing import assert_bitwise_equal
 
@@ -286,10 +287,6 @@ def spoiled(layer: Layer, name: str, value: Any) -> Layer:
     return twin
 
 
-def snapshot(layer: Layer) -> dict[str, bytes]:
-    return {name: value.tobytes() for name, value in layer.state_dict().items()}
-
-
 @pytest.mark.parametrize("row", CALLS)
 def test_call(row: str) -> None:
     layer = make(aux_losses={"importance": 0.1})
@@ -390,14 +387,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
 # fmt: on
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("row", FUNCTIONS)
 def test_function(row: str) -> None:
     threads = numoe.num_threads()
-    try:
-        refused(FUNCTIONS[row])
-        assert numoe.num_threads() == threads
-    finally:
-        numoe.set_num_threads(threads)
+    refused(FUNCTIONS[row])
+    assert numoe.num_threads() == threads
 
 
 # ── what is accepted, and means the same
@@ -509,13 +504,11 @@ def test_b19_many_experts() -> None:
     assert out.dispatch.num_rows == 50 and np.isfinite(layer.backward(out.y, out).x).all()
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_b51_too_many_threads_are_clamped() -> None:
     before = numoe.num_threads()
-    try:
-        numoe.set_num_threads(10**6)
-        assert before <= numoe.num_threads() <= 10_000
-    finally:
-        numoe.set_num_threads(before)
+    numoe.set_num_threads(10**6)
+    assert before <= numoe.num_threads() <= 10_000
 
 
 def test_b47_nothing_is_raised_for_finite_or_masked_tokens() -> None:

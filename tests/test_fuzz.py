@@ -62,6 +62,8 @@ def valid_calls() -> dict[str, list[Any]]:
         "experts_forward": [X, *order, K, WEIGHTS, params, options, True, True],
         "experts_forward bfloat16": [X, *order, K, WEIGHTS, narrow, options, True, True],
         "experts_backward": [X, X, *order, K, WEIGHTS, params, options, True, up, up, grads, True],
+        "layer_forward": [X, mask, w, w[0], w[0], chosen, params, options],
+        "layer_forward bfloat16": [X, mask, w, w[0], w[0], chosen, narrow, options],
         "load_balance_loss": [LOGITS, INDICES, "switch", "softmax", mask, np.array([2, 4])],
         "importance_loss": [WEIGHTS, INDICES, E, mask],
         "load_loss": [LOGITS, LOGITS, np.abs(LOGITS) + 1, K, mask],

@@ -9,6 +9,7 @@ from typing import Any
 import numoe
 import numpy as np
 import pytest
+from layers import layer_of
 from numoe.config import ACTIVATIONS, AUX_LOSSES, FORMS, PRIORITIES, WEIGHT_ON
 from numoe.testing import TOLERANCES, GradientReport, check_gradients, random_problem
 
@@ -47,9 +48,7 @@ def check(tokens: int | tuple[int, ...] = 5, inputs: Options | None = None, **op
         options = {"noise_std": 0.7} | options
     sizes = {"d_model": 3, "d_ff": 2, "num_experts": 6, "top_k": 2}
     problem = random_problem(1, tokens=tokens, **(sizes | options))
-    layer = numoe.MoELayer(config=problem.config, rng=0)
-    layer.load_state_dict(problem.params | problem.buffers)
-    report = check_gradients(layer, problem.x, num_coordinates=1, num_directions=1, **(inputs or {}))
+    report = check_gradients(layer_of(problem), problem.x, num_coordinates=1, num_directions=1, **(inputs or {}))
     report.assert_ok()
     WORST[str(options)] = report.worst.error
     return report

@@ -5,23 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import pickle
 from typing import Any
 
 import numoe
 import numpy as np
 import pytest
+from layers import layer_of
 from numoe import reference
 from numoe.config import ACTIVATIONS, PRIORITIES, MoEConfig
 from numoe.testing import Problem, assert_bitwise_equal, assert_close, random_problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def layer_of(problem: Problem) -> numoe.MoELayer:
-    """A layer with the problem's numbers."""
-    layer = numoe.MoELayer(config=problem.config, rng=0)
-    layer.load_state_dict(problem.params | problem.buffers)
-    return layer
 
 
 def make(seed: int = 0, **options: Any) -> numoe.MoELayer:
@@ -167,6 +162,7 @@ def test_forward_and_backward_agree_with_the_reference(options: Options) -> None
     for name, value in expected_grads.params.items():
         assert_close(grads.params[name], value, scale=max(size, abs(value).max()), name=f"d{name}")
     assert {v.dtype for v in (out.y, grads.x, *grads.params.values())} == {layer.dtype}
+    assert_bitwise_equal(layer(problem.x, **inputs), out.y, name="inference")
 
 
 def test_the_sample_covers_and_does_not_flatter() -> None:
@@ -455,6 +451,26 @@ def test_inputs_are_never_written_and_outputs_never_alias_them() -> None:
         assert before == {name: value.tobytes() for name, value in inputs.items()}
         for result in (out.y, grads.x, *grads.params.values()):
             assert not any(np.shares_memory(result, value) for value in inputs.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True, "linear_bias": True, "choice_bias": True, "score": "sigmoid"},
+        {"form": "mlp", "activation": "relu", "weight_on": "input", "num_groups": 3, "groups_kept": 2},
+        {"shared": GLU_SHARED},
+    ],
+)
+def test_inference_in_one_call_of_the_core_has_the_bits_of_the_steps(options: Options, dtype: str) -> None:
+    layer, x = make(dtype=dtype, **options), tokens(0, 3, 50, 8, dtype=dtype)
+    layer = pickle.loads(pickle.dumps(layer))  # dtypes equal to NumPy's own without being it
+    layer.params["w_router"] = np.asfortranarray(layer.params["w_router"])  # the user's to replace
+    mask = tokens(1, 3, 50) > -1
+    x[0, 0] = np.nan
+    for given in (None, mask):
+        assert_bitwise_equal(layer(x, mask=given), layer.forward(x, mask=given).y)
+    assert layer(x[:0]).shape == (0, 50, 8)
 
 
 def test_inference_is_the_forward_and_may_go_into_an_array() -> None:

@@ -299,7 +299,11 @@ STEP_FAULTS = {
     "missing": (lambda o, p, g: g.pop("b"), ValueError, "missing 'b'"),
     "unknown": (lambda o, p, g: g.update(w_router=np.ones(1)), ValueError, "unknown 'w_router'"),
     "shape": (lambda o, p, g: g.update(b=np.ones(4)), ValueError, r"shape \(5,\); got \(4,\)"),
-    "dtype": (lambda o, p, g: g.update(b=np.ones(5, np.float32)), TypeError, "dtype float64; got float32"),
+    "dtype": (
+        lambda o, p, g: g.update(b=np.ones(5, np.float32)),
+        TypeError,
+        "dtype float64, its parameter's; got float32",
+    ),
     "type": (
         lambda o, p, g: g.update(b=None),
         TypeError,
@@ -406,6 +410,6 @@ def test_a_changed_bfloat16_parameter_replaces_its_master() -> None:
     optimiser.step({"w": np.ones(3, np.float32)})
     assert params["w"].astype(float).tolist() == [0.5, 7.5, 0.5]
     with pytest.raises(
-        TypeError, match=r"grads\['w'\] must have for a bfloat16 parameter, dtype float32; got bfloat16"
+        TypeError, match=r"grads\['w'\] must have dtype float32, in which a bfloat16 parameter is updated; got bfloat16"
     ):
         optimiser.step({"w": np.ones(3, ml_dtypes.bfloat16)})

@@ -1,6 +1,5 @@
 """Other libraries in the benchmark: told when they are absent, checked against the reference where they are not."""
 
-import argparse
 import re
 import subprocess
 import sys
@@ -8,14 +7,14 @@ import sys
 import numoe
 import numpy as np
 import pytest
+from bench_cases import TINY, settings
 from numoe import bench
 from numoe.__main__ import main
-from numoe.bench import contenders, machine, peers, suite, workloads
+from numoe.bench import contenders, peers, workloads
 from numoe.bench.accuracy import error_against_reference
 from numoe.bench.contenders import Task
-from numoe.bench.workloads import DTYPES, make_routings, parse_layer
+from numoe.bench.workloads import DTYPES, make_routings
 
-TINY = parse_layer("8x2x16x32")
 SHAPES = {
     "plain": workloads.LayerShape(name="plain", num_experts=8, top_k=2, d_model=32, d_ff=64),
     "bias": workloads.LayerShape(name="bias", num_experts=8, top_k=3, d_model=32, d_ff=64, bias=True),
@@ -32,20 +31,6 @@ PACKAGES = {  # peer: dtype and module whose absence is told by the name of the 
     "ggml": ("float32", "llama_cpp", "llama-cpp-python"),
     "kt-kernel": ("bfloat16", "kt_kernel", "kt-kernel"),
 }
-
-
-@pytest.fixture
-def small_probe(monkeypatch):
-    """A short run: little memory is read, an undisturbed peak is not waited for."""
-    monkeypatch.setattr(machine, "DRAM_SIZE", 2**24)
-    monkeypatch.setattr(machine, "_ATTEMPTS", 1)
-    monkeypatch.setattr(suite, "settle", lambda: None)
-
-
-def settings(*arguments):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.settings_of(parser.parse_args(arguments))
 
 
 def peer_errors(name, shape, dtype, rng, *, backward):

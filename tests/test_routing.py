@@ -163,21 +163,19 @@ def test_every_target_chooses_the_same() -> None:
 GROUPED: Options = {"num_groups": 8, "groups_kept": 3}
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("options", [{}, GROUPED, GROUPED | {"group_score": "max"}, {"normalize": "none"}])
 @pytest.mark.parametrize("score", SCORES)
 def test_a_token_is_routed_alike_alone_and_on_any_number_of_threads(score: str, options: Options) -> None:
-    rng, before = np.random.default_rng(5), numoe.num_threads()
+    rng = np.random.default_rng(5)
     z = rng.standard_normal((3000, 40)).astype(np.float32)
     z[::7, ::5] = np.nan
     config = numoe.RouterConfig(num_experts=40, top_k=5, score=score, **options)
     bias = rng.standard_normal(40).astype(np.float32) if options else None
-    try:
-        numoe.set_num_threads(1)
-        serial = numoe.route(z, config, choice_bias=bias)
-        numoe.set_num_threads(3)
-        parallel = numoe.route(z, config, choice_bias=bias)
-    finally:
-        numoe.set_num_threads(before)
+    numoe.set_num_threads(1)
+    serial = numoe.route(z, config, choice_bias=bias)
+    numoe.set_num_threads(3)
+    parallel = numoe.route(z, config, choice_bias=bias)
     assert_bitwise_equal(parallel.indices, serial.indices)
     assert_bitwise_equal(parallel.weights, serial.weights)
     for t in range(0, len(z), 131):

@@ -23,6 +23,7 @@ import numoe
 import numpy as np
 import pytest
 import safetensors.numpy
+from layers import layer_of, snapshot
 from numoe import CheckpointError, checkpoint
 from numoe.testing import assert_bitwise_equal, random_problem
 
@@ -39,17 +40,11 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def make(name: str = "everything") -> numoe.MoELayer:
     problem = random_problem(0, **({"dtype": "float32"} | LAYERS[name]))
-    layer = numoe.MoELayer(config=problem.config, rng=0)
-    layer.load_state_dict(problem.params | problem.buffers)
-    return layer
+    return layer_of(problem)
 
 
 def tokens(layer: numoe.MoELayer) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((3, 5, 8)).astype(layer.dtype)
-
-
-def snapshot(layer: numoe.MoELayer) -> dict[str, bytes]:
-    return {name: value.tobytes() for name, value in layer.state_dict().items()}
 
 
 def assert_same_layer(twin: numoe.MoELayer, layer: numoe.MoELayer) -> None:

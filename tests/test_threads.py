@@ -38,13 +38,12 @@ def python(code: str, timeout: float = 60, **environment: str) -> subprocess.Com
 
 
 @pytest.fixture
-def _short_switches() -> Any:
+def _short_switches(restored_threads: None) -> Any:
     """Python hands the GIL over every microsecond."""
-    interval, threads = sys.getswitchinterval(), numoe.num_threads()
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
-    numoe.set_num_threads(threads)
 
 
 def one_step(layer: numoe.MoELayer, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,8 @@ namespace numoe::bindings {
 
 // params[name], or None.
 inline py::object param(const py::dict& params, const char* name) {
-  return params.contains(name) ? py::object(params[name]) : py::none();
+  PyObject* found = PyDict_GetItemString(params.ptr(), name);  // borrowed
+  return found ? py::reinterpret_borrow<py::object>(found) : py::none();
 }
 
 // Calls f.template operator()<S>() with the type of the experts' matrices, for arithmetic in the dtype of x.

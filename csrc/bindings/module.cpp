@@ -11,6 +11,7 @@ namespace numoe::bindings {
 void bind_router(py::module_& m);
 void bind_dispatch(py::module_& m);
 void bind_experts(py::module_& m);
+void bind_layer(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_packed(py::module_& m);
 void bind_probes(py::module_& m);
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_core, m) {
   bindings::bind_router(m);
   bindings::bind_dispatch(m);
   bindings::bind_experts(m);
+  bindings::bind_layer(m);
   bindings::bind_losses(m);
   bindings::bind_packed(m);
   bindings::bind_probes(m);

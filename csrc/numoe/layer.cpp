@@ -166,6 +166,23 @@ void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
   as_array(y) += as_array(y_shared);
 }
 
+template <class S>
+void layer_forward(MatrixView<const Compute<S>> x, std::span<const bool> mask, const RouterWeights<Compute<S>>& weights,
+                   const RouterOptions& router, const ExpertWeights<S>& experts, const ExpertOptions& options,
+                   MatrixView<Compute<S>> y) {
+  using T = Compute<S>;
+  Pass<T> pass;  // of this call only: batches may be much larger than those that a thread should keep memory for
+  const Index tokens = x.rows, E = experts.num_experts();
+  const auto shares = matrix(pass.weights, tokens, router.top_k);
+  const auto indices = matrix(pass.indices, tokens, router.top_k);
+  Buffer<T> logits_buffer(checked_product(tokens, E));
+  const MatrixView<T> logits{logits_buffer.data(), tokens, E, E};
+  matmul(operand(x), operand(weights.w), x.cols, logits);
+  add_router_bias(weights.b, logits);
+  route<T>(logits, weights.choice_bias, mask, router, indices, shares);
+  experts_forward<S>(x, pass.sort(indices, E), shares, experts, options, true, {}, y);
+}
+
 template struct PackedBranch<float>;
 template struct PackedBranch<double>;
 template struct PackedBranch<bfloat16>;
@@ -176,5 +193,13 @@ template PackedBranch<bfloat16>::PackedBranch(const ExpertWeights<bfloat16>&, co
 template class PackedLayer<float>;
 template class PackedLayer<double>;
 template class PackedLayer<bfloat16>;
+template void layer_forward(MatrixView<const float>, std::span<const bool>, const RouterWeights<float>&,
+                            const RouterOptions&, const ExpertWeights<float>&, const ExpertOptions&, MatrixView<float>);
+template void layer_forward(MatrixView<const double>, std::span<const bool>, const RouterWeights<double>&,
+                            const RouterOptions&, const ExpertWeights<double>&, const ExpertOptions&,
+                            MatrixView<double>);
+template void layer_forward(MatrixView<const float>, std::span<const bool>, const RouterWeights<float>&,
+                            const RouterOptions&, const ExpertWeights<bfloat16>&, const ExpertOptions&,
+                            MatrixView<float>);
 
 }  // namespace numoe

@@ -1,4 +1,4 @@
-// A whole layer for inference in one call: router, dispatch, packed experts, combine, shared expert.
+// A whole layer for inference in one call: router, dispatch, experts, combine; with packed weights the shared expert too.
 #pragma once
 
 #include <optional>
@@ -54,5 +54,19 @@ class PackedLayer {
   PackedBranch<S> routed_;
   std::optional<PackedBranch<S>> shared_;
 };
+
+// The router's parameters where they are.
+template <class T>
+struct RouterWeights {
+  MatrixView<const T> w;              // (D, E)
+  std::span<const T> b, choice_bias;  // (E), or empty
+};
+
+// y (T, D) of x (T, D) by weights that stay where they are, nothing dropped: the numbers of matmul, route, a dispatch
+// and experts_forward one after the other.  mask (T) may be empty.
+template <class S>
+void layer_forward(MatrixView<const Compute<S>> x, std::span<const bool> mask, const RouterWeights<Compute<S>>& weights,
+                   const RouterOptions& router, const ExpertWeights<S>& experts, const ExpertOptions& options,
+                   MatrixView<Compute<S>> y);
 
 }  // namespace numoe

@@ -24,7 +24,8 @@ from numoe.checkpoint import CheckpointError
 from numoe.config import DispatchConfig, ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from numoe.experts import ExpertCache, experts_backward, experts_forward
 from numoe.info import num_threads, set_num_threads, show_versions
-from numoe.layer import LossTerm, MoEGrads, MoELayer, MoEOutput
+from numoe.layer import MoELayer
+from numoe.outputs import LossTerm, MoEGrads, MoEOutput
 from numoe.packed import PackedMoELayer
 from numoe.routing import (
     Dispatch,

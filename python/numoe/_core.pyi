@@ -77,6 +77,16 @@ def route_backward(logits: Float, indices: Int32, dweights: Float, options: Rout
 def dispatch(
     indices: Int32, weights: Float | None, num_experts: int, groups: Int64 | None, priority: str
 ) -> tuple[Int64, Int32, Int32, Int32]: ...
+def layer_forward(
+    x: Float,
+    mask: Bool | None,
+    w_router: Float,
+    b_router: Float | None,
+    choice_bias: Float | None,
+    router: RouterOptions,
+    params: dict[str, Float],
+    options: ExpertOptions,
+) -> Float: ...
 def renormalize_kept(weights: Float, assignment_row: Int32, scale: float) -> Float: ...
 def renormalize_kept_backward(weights: Float, assignment_row: Int32, scale: float, dweights: Float) -> Float: ...
 def combine(

@@ -1,24 +1,31 @@
-"""The steps of a layer between its public functions: the router's pass, one set of experts at work, its losses."""
+"""The steps of a layer's forward between the public functions: the router's pass, experts at work, losses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from numoe import losses
-from numoe._arrays import BoolArray, FloatArray
+from numoe import _core, losses
+from numoe._arrays import BoolArray, FloatArray, as_float
 from numoe.config import ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from numoe.experts import ExpertCache, experts_backward, experts_forward
-from numoe.routing import Dispatch, Routing, dispatch, route, router_logits
+from numoe.experts import ExpertCache, expert_options, expert_params, experts_backward, experts_forward
+from numoe.routing import (
+    Dispatch,
+    Routing,
+    checked_choice_bias,
+    combine_weights,
+    dispatch,
+    route,
+    router_logits,
+    router_options,
+)
 
 NAN_POLICIES = ("propagate", "raise")
 
 
-@dataclass(frozen=True)
-class RouterPass:
+class RouterPass(NamedTuple):
     """The logits and how they came about."""
 
     logits: FloatArray  # (T, E), what was routed on
@@ -26,6 +33,30 @@ class RouterPass:
     noise_std: float  # 0: no noise was drawn
     x: FloatArray | None  # (T, D), the router's input; None: the logits came from outside
     jitter: FloatArray | None  # (T, D), the factor in that input
+
+
+def router_pass(
+    config: RouterConfig, params: Mapping[str, FloatArray], x: FloatArray, logits: FloatArray | None, rng: Any
+) -> RouterPass:
+    """Logits of the linear router or from outside; jitter, then noise, are drawn in float64 if rng is given."""
+    generator = None if rng is None else np.random.default_rng(rng)
+    jitter: FloatArray | None = None
+    seen: FloatArray | None = None
+    if logits is not None:
+        clean = logits
+    else:
+        seen = x
+        if generator is not None and config.jitter > 0:
+            jitter = generator.uniform(1 - config.jitter, 1 + config.jitter, x.shape).astype(x.dtype)
+            with np.errstate(all="ignore"):
+                seen = x * jitter
+        clean = router_logits(seen, params["w_router"], params.get("b_router"))
+    if generator is None or config.noise_std == 0:
+        return RouterPass(clean, clean, 0.0, seen, jitter)
+    noise = generator.standard_normal(clean.shape).astype(clean.dtype)
+    with np.errstate(all="ignore"):
+        noisy = clean + clean.dtype.type(config.noise_std) * noise
+    return RouterPass(noisy, clean, config.noise_std, seen, jitter)
 
 
 def check_nan(policy: str, x: FloatArray, router: RouterPass | None, real: BoolArray | None) -> None:
@@ -46,8 +77,12 @@ def check_nan(policy: str, x: FloatArray, router: RouterPass | None, real: BoolA
             )
 
 
-@dataclass(frozen=True)
-class Branch:
+# ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SHARED_GATE = RouterConfig(num_experts=1, top_k=1, score="sigmoid", normalize="none")
+
+
+class Branch(NamedTuple):
     """One set of experts at work: its plan, the weights it combined with, and its cache."""
 
     config: ExpertConfig
@@ -74,18 +109,71 @@ class Branch:
         )
 
 
-# ── the shared expert is an MoE of one expert that every token visits ────────────────────────────────────────────────
+def run_experts(
+    config: MoEConfig,
+    params: dict[str, FloatArray],
+    x: FloatArray,
+    routing: Routing,
+    plan: Dispatch,
+    keep_cache: bool,
+) -> tuple[FloatArray, Branch, Branch | None]:
+    """The routed experts' and the shared expert's sum (T, D), and what their backwards need."""
+    used = combine_weights(routing, plan, config.router, config.dispatch)
+    y, routed = _run(config.experts, params, x, routing, plan, used, keep_cache)
+    return y, routed, _add_shared(config, params, x, routing.mask, y, keep_cache)
 
-SHARED_GATE = RouterConfig(num_experts=1, top_k=1, score="sigmoid", normalize="none")
+
+def infer(
+    config: MoEConfig,
+    params: dict[str, FloatArray],
+    buffers: Mapping[str, FloatArray],
+    x: FloatArray,
+    real: BoolArray | None,
+) -> FloatArray:
+    """What `router_pass`, `route`, `dispatch` and `run_experts` give where nothing is drawn, dropped or kept: y (T, D).
+
+    The routed experts are one call of the core.
+    """
+    bias = params.get("b_router")
+    y = _core.layer_forward(
+        x,
+        real,
+        as_float(params["w_router"], "w_router", x.dtype, ndim=2),
+        None if bias is None else as_float(bias, "b_router", x.dtype, ndim=1),
+        checked_choice_bias(buffers.get("choice_bias"), x.dtype),
+        router_options(config.router),
+        expert_params(params, config.experts, x.dtype),
+        expert_options(config.experts),
+    )
+    _add_shared(config, params, x, real, y, keep_cache=False)
+    return y
 
 
-def run_shared(
+def _add_shared(
+    config: MoEConfig,
+    params: Mapping[str, FloatArray],
+    x: FloatArray,
+    real: BoolArray | None,
+    y: FloatArray,
+    keep_cache: bool,
+) -> Branch | None:
+    """Add the shared expert's output to y (T, D), if there is one."""
+    if config.shared is None:
+        return None
+    y_shared, shared = _run_shared(config.shared, params, x, real, keep_cache)
+    with np.errstate(all="ignore"):
+        y += y_shared
+    return shared
+
+
+def _run_shared(
     config: SharedExpertConfig,
     params: Mapping[str, FloatArray],
     x: FloatArray,
     real: BoolArray | None,
     keep_cache: bool,
 ) -> tuple[FloatArray, Branch]:
+    """The shared expert is an MoE of one expert that every token visits."""
     score = params.get("w_shared_score")
     logits = np.zeros((len(x), 1), x.dtype) if score is None else router_logits(x, score[:, None])
     routing = route(logits, SHARED_GATE, mask=real)
@@ -94,12 +182,11 @@ def run_shared(
         for name in ("w_gate", "w_up", "w_down")
         if f"w_shared_{name[2:]}" in params
     }
-    experts = ExpertConfig(d_ff=config.d_ff, form=config.form, activation=config.activation)
     weights = None if score is None else routing.weights
-    return run(experts, own, x, routing, dispatch(routing, SHARED_GATE), weights, keep_cache)
+    return _run(config.experts, own, x, routing, dispatch(routing, SHARED_GATE), weights, keep_cache)
 
 
-def run(
+def _run(
     config: ExpertConfig,
     params: dict[str, FloatArray],
     x: FloatArray,
@@ -110,6 +197,11 @@ def run(
 ) -> tuple[FloatArray, Branch]:
     y, cache = experts_forward(x, plan, params, config, weights=weights, combined=True, keep_cache=keep_cache)
     return y, Branch(config, params, routing, plan, weights, cache)
+
+
+def in_shape(tokens: FloatArray, shape: tuple[int, ...], config: MoEConfig) -> FloatArray:
+    """The result (T, D) in x's shape and the layer's dtype."""
+    return tokens.astype(config.array_dtype, copy=False).reshape(shape)
 
 
 # ── auxiliary losses ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -143,19 +235,3 @@ def aux_losses_of(
         )
 
     return {name: of(name) for name in config.aux_losses}
-
-
-def aux_gradients(
-    config: MoEConfig, found: Mapping[str, losses.Loss], scale: float
-) -> tuple[FloatArray | float, FloatArray | float]:
-    """Gradients of ``scale * aux_loss``: for the router's weights (T, K) and for the logits (T, E)."""
-    dweights: Any = 0.0
-    dlogits: Any = 0.0
-    for name, loss in found.items() if scale != 0.0 else ():
-        factor = config.compute_dtype.type(scale * config.aux_losses[name])
-        if loss.dweights is not None:
-            dweights = dweights + factor * loss.dweights
-        for gradient in (loss.dlogits, loss.dnoisy_logits):  # noisy = clean + noise
-            if gradient is not None:
-                dlogits = dlogits + factor * gradient
-    return dweights, dlogits

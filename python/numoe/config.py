@@ -356,6 +356,15 @@ class SharedExpertConfig(_Checked):
             activation=checked_choice("shared activation", self.activation, ACTIVATIONS),
         )
 
+    @functools.cached_property
+    def experts(self) -> ExpertConfig:
+        """What it computes, as the configuration of one routed expert.
+
+        >>> SharedExpertConfig(d_ff=8, form="mlp").experts.form
+        'mlp'
+        """
+        return ExpertConfig(d_ff=self.d_ff, form=self.form, activation=self.activation)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(_Checked):
@@ -450,12 +459,12 @@ class MoEConfig(_Checked):
                 shapes["w_shared_score"] = (D,)
         return shapes
 
-    @property
+    @functools.cached_property
     def array_dtype(self) -> np.dtype[Any]:
         """`dtype` as NumPy's object."""
         return _ARRAY_DTYPES[self.dtype]
 
-    @property
+    @functools.cached_property
     def compute_dtype(self) -> np.dtype[Any]:
         """float32 or float64, the dtype of the arithmetic, of routings and of gradients of parameters."""
         return _ARRAY_DTYPES["float32" if self.dtype == "bfloat16" else self.dtype]
@@ -472,6 +481,20 @@ class MoEConfig(_Checked):
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the arrays that are state but have no gradient (the choice bias)."""
         return {"choice_bias": (self.router.num_experts,)} if self.router.choice_bias else {}
+
+    @functools.cached_property
+    def param_specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Name → shape and dtype of every learned parameter; made once, because every call asks.
+
+        >>> MoEConfig.from_options(d_model=4, d_ff=8, num_experts=2, top_k=1).param_specs["w_router"]
+        ((4, 2), dtype('float32'))
+        """
+        return {name: (shape, self.param_dtype(name)) for name, shape in self.param_shapes().items()}
+
+    @functools.cached_property
+    def buffer_specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """The same for the buffers."""
+        return {name: (shape, self.param_dtype(name)) for name, shape in self.buffer_shapes().items()}
 
     def num_params(self) -> int:
         """All learned numbers of the layer."""

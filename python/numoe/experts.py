@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FloatArray, as_bits, as_float
+from numoe._arrays import BFLOAT16, FLOAT32, FloatArray, as_bits, as_float
 from numoe.config import EXPERT_PARAMS, ExpertConfig
 from numoe.routing import Dispatch, check_config, check_kind
 
@@ -43,27 +42,35 @@ def _options_of(config: ExpertConfig) -> _core.ExpertOptions:
     return _core.ExpertOptions(activation=config.activation, weight_on=config.weight_on)
 
 
-def _of_experts(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype[Any]) -> dict[str, FloatArray]:
-    """The experts' parameters of a layer; never copied, because they may be gigabytes and are read in place."""
-    glu = ("w_gate",) if config.form == "glu" else ()
-    biases = (*(f"b_{name[2:]}" for name in glu), "b_up", "b_down") if config.bias else ()
-    expected = (*glu, "w_up", "w_down", *biases)
+_NAMES = {  # of the parameters: form, bias →
+    ("glu", False): ("w_gate", "w_up", "w_down"),
+    ("glu", True): ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"),
+    ("mlp", False): ("w_up", "w_down"),
+    ("mlp", True): ("w_up", "w_down", "b_up", "b_down"),
+}
+
+
+def expert_params(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype[Any]) -> dict[str, FloatArray]:
+    """The experts' parameters as the core takes them; never copied, because they may be gigabytes."""
+    expected = _NAMES[config.form, config.bias]
     chosen = {name: params[name] for name in EXPERT_PARAMS if name in params}
-    if set(chosen) != set(expected):
+    if tuple(chosen) != expected:
         raise ValueError(
             f"params must hold exactly {', '.join(expected)} of the experts' parameters for form={config.form!r} and "
             f"bias={config.bias}; got {', '.join(chosen) or 'none of them'}."
         )
-    narrow = dtype == np.float32 and getattr(chosen["w_up"], "dtype", None) == ml_dtypes.bfloat16
+    narrow = dtype == FLOAT32 and getattr(chosen["w_up"], "dtype", None) == BFLOAT16
     for name, value in chosen.items():
-        expected_dtype = np.dtype(ml_dtypes.bfloat16) if narrow and name.startswith("w_") else dtype
+        expected_dtype = BFLOAT16 if narrow and name.startswith("w_") else dtype
         if not isinstance(value, np.ndarray) or value.dtype != expected_dtype:
             kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
             like = "w_up" if narrow else "x"
             raise TypeError(
                 f"params[{name!r}] must be a {expected_dtype} array like {like}; got {kind}.  Convert x to it."
             )
-    return {name: as_bits(value) if narrow and name.startswith("w_") else value for name, value in chosen.items()}
+    if not narrow:
+        return chosen
+    return {name: as_bits(value) if name.startswith("w_") else value for name, value in chosen.items()}
 
 
 def experts_forward(
@@ -136,7 +143,7 @@ def experts_forward(
         plan.row_assignment,
         plan.top_k,
         weights,
-        _of_experts(params, config, x.dtype),
+        expert_params(params, config, x.dtype),
         options,
         combined,
         keep_cache,
@@ -166,6 +173,10 @@ def experts_backward(
 
     Parameters
     ----------
+    dresult : (M, D), or (T, D) if combined
+        Gradient of the objective with respect to what `experts_forward` returned.
+    x, plan, params, config, cache, weights, combined
+        As in the forward, and what it returned.
     into : mapping of str to array, optional
         Arrays for the parameters' gradients, of x's dtype and the parameters' shapes; e.g. those of the last step.
     accumulate : bool
@@ -178,6 +189,11 @@ def experts_backward(
         None if `weights` was None (or, with ``combined=False``, belongs to `combine_backward`).
     dparams : dict
         Same names and shapes as the experts' parameters, in x's dtype; exactly 0 for experts without rows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit the forward's; before anything was written.
 
     Examples
     --------
@@ -205,7 +221,7 @@ def experts_backward(
         plan.row_assignment,
         plan.top_k,
         weights,
-        _of_experts(params, config, x.dtype),
+        expert_params(params, config, x.dtype),
         expert_options(config),
         combined,
         cache.gate,

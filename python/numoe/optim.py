@@ -15,6 +15,7 @@ state has changed.  (Ctrl-C in the middle of a step may leave some parameters up
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -170,8 +171,8 @@ def _check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) ->
         if grad.shape != param.shape:
             raise ValueError(f"grads[{name!r}] must have the parameter's shape {param.shape}; got {grad.shape}.")
         if grad.dtype != _work_dtype(param):
-            like = "the parameter's dtype" if _work_dtype(param) == param.dtype else "for a bfloat16 parameter, dtype"
-            raise TypeError(f"grads[{name!r}] must have {like} {_work_dtype(param)}; got {grad.dtype}.")
+            why = "its parameter's" if _work_dtype(param) == param.dtype else "in which a bfloat16 parameter is updated"
+            raise TypeError(f"grads[{name!r}] must have dtype {_work_dtype(param)}, {why}; got {grad.dtype}.")
         if np.may_share_memory(grad, param):
             raise ValueError(f"grads[{name!r}] shares memory with its parameter; pass a separate array.")
 
@@ -249,7 +250,7 @@ def _global_norm(arrays: Iterable[Array]) -> float:
 # -------------------------------------------------------------------------------------------- optimisers
 
 
-class _Optimizer:
+class _Optimizer(abc.ABC):
     """What SGD and AdamW share: settings, the order of a step, the state.  A subclass updates one array."""
 
     _slots: tuple[str, ...] = ()  # names of the state arrays per parameter
@@ -325,10 +326,7 @@ class _Optimizer:
         self._checked(self._settings())
         lr = self.current_lr()
         size = max((param.size * _work_dtype(param).itemsize for param in params.values()), default=0)
-        scratch = (
-            np.empty(size, np.uint8),
-            np.empty(size, np.uint8),
-        )  # memory is taken before anything changes
+        scratch = (np.empty(size, np.uint8), np.empty(size, np.uint8))  # memory is taken before anything changes
         for name, param in params.items():
             state, dtype = self._state[name], _work_dtype(param)
             work = tuple(s[: param.size * dtype.itemsize].view(dtype).reshape(param.shape) for s in scratch)
@@ -343,6 +341,7 @@ class _Optimizer:
             param[...] = master
         self.step_count += 1
 
+    @abc.abstractmethod
     def _update(
         self,
         param: Array,
@@ -352,7 +351,7 @@ class _Optimizer:
         decay: float,
         work: tuple[Array, ...],
     ) -> None:
-        raise NotImplementedError
+        """One array's step, in place; `work` is memory for two arrays of its shape and dtype."""
 
     def _check_params(self, params: Mapping[str, Array]) -> None:
         """The dict still holds the parameters this optimiser was made for."""

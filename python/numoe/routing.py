@@ -134,6 +134,11 @@ def router_logits(x: Any, w_router: Any, b_router: Any = None) -> FloatArray:
     logits : (T, E)
         A token's logits do not depend on the other tokens, bit for bit.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no floating-point array, or shapes do not agree.
+
     Examples
     --------
     >>> import numpy as np, numoe
@@ -161,6 +166,12 @@ def router_logits_backward(dlogits: Any, x: Any, w_router: Any) -> tuple[FloatAr
     dx : (T, D)
     dw_router : (D, E)
     db_router : (E,)
+        All of x's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no floating-point array, or shapes do not agree.
 
     Examples
     --------
@@ -215,6 +226,7 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
     Returns
     -------
     Routing
+        Weights of the logits' dtype.
 
     Raises
     ------
@@ -237,13 +249,9 @@ def route(logits: Any, config: RouterConfig, *, choice_bias: Any = None, mask: A
     z = as_float(logits, "logits", ndim=2)
     if z.shape[1] != config.num_experts:
         raise ValueError(f"logits must have shape (T, E) with E = num_experts = {config.num_experts}; got {z.shape}.")
-    if choice_bias is not None:
-        choice_bias = as_float(choice_bias, "choice_bias", z.dtype, ndim=1)
-        if not np.isfinite(choice_bias).all():
-            raise ValueError(f"choice_bias must be finite; entry {int(np.argmin(np.isfinite(choice_bias)))} is not.")
     if mask is not None:
         mask = as_mask(mask, len(z))
-    indices, weights = _core.route(z, router_options(config), choice_bias, mask)
+    indices, weights = _core.route(z, _options_of(config), checked_choice_bias(choice_bias, z.dtype), mask)
     return Routing(indices=indices, weights=weights, logits=z, mask=mask)
 
 
@@ -264,6 +272,12 @@ def route_backward(dweights: Any, routing: Routing, config: RouterConfig) -> Flo
     Returns
     -------
     dlogits : (T, E)
+        Of the logits' dtype.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        If `routing` did not come from `route`, or shapes do not agree.
 
     Examples
     --------
@@ -380,6 +394,16 @@ def dispatch(
         assignment_row=assignment_row,
         capacity=None if groups is None else int(groups.largest),
     )
+
+
+def checked_choice_bias(choice_bias: Any, dtype: np.dtype[Any]) -> FloatArray | None:
+    """`choice_bias` as the core takes it, finite; None stays None."""
+    if choice_bias is None:
+        return None
+    array = as_float(choice_bias, "choice_bias", dtype, ndim=1)
+    if not np.isfinite(array).all():
+        raise ValueError(f"choice_bias must be finite; entry {int(np.argmin(np.isfinite(array)))} is not.")
+    return array
 
 
 def check_config(config: Any, kind: type, part: str) -> None:

@@ -8,6 +8,7 @@ run here raises `ContenderUnavailableError` with the reason, which is printed.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from numoe import reference
 from numoe.bench.workloads import Routings
 from numoe.config import EXPERT_PARAMS, ExpertConfig, RouterConfig, SharedExpertConfig
 from numoe.experts import experts_forward
-from numoe.layer import MoEGrads, MoELayer
+from numoe.layer import MoELayer
+from numoe.outputs import MoEGrads
 from numoe.routing import Routing, dispatch
 
 Array = npt.NDArray[Any]
@@ -77,21 +79,21 @@ class Step:
     dparams: Callable[[], dict[str, Array]]  # experts' and shared gradients as in the layer; called outside the timing
 
 
-class Runner:
+class Runner(abc.ABC):
     """One implementation of the layer."""
 
-    def prepare(self, routings: Routings) -> None:
+    def prepare(self, routings: Routings) -> None:  # noqa: B027  most have nothing to prepare
         """What need not be timed: called once before the calls that will bring these routings."""
 
+    @abc.abstractmethod
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """The output y (T, D), for inference."""
-        raise NotImplementedError
 
     def forward_backward(self, x: Array, indices: Array, weights: Array, dy: Array) -> Step:
         """The output and the gradients of ``<dy, y>`` for x, weights and all expert matrices."""
         raise ContenderUnavailableError("it has no backward")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most hold nothing
         """Gives back threads, settings and memory."""
 
 
@@ -116,7 +118,7 @@ class Numoe(Runner):
                 for part in ("gate", "up", "down")
                 if f"w_shared_{part}" in layer.params
             }
-            self._shared_config = ExpertConfig(d_ff=shared.d_ff, form=shared.form, activation=shared.activation)
+            self._shared_config = shared.experts
 
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """Sorts, runs the experts, combines."""

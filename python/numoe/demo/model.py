@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe.demo.data import Batch, Bytes, Ints
-from numoe.layer import MoELayer, MoEOutput
+from numoe.layer import MoELayer
+from numoe.outputs import MoEOutput
 
 Floats = npt.NDArray[np.float32]
 EPS = np.float32(1e-6)  # in the root-mean-square norm

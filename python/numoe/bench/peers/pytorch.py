@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import ml_dtypes
@@ -83,13 +84,13 @@ class TrainedTorch(Torch):
         self._num_experts = task.num_experts
         self._leaves: list[Any] = []
 
+    @abc.abstractmethod
     def compute(self, x: Any, indices: Any, weights: Any) -> Any:
         """The routed experts' output (T, D)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def gradients(self) -> dict[str, Array]:
         """The routed experts' gradients as the layer has them."""
-        raise NotImplementedError
 
     def forward(self, x: Array, indices: Array, weights: Array) -> Array:
         """Without autograd."""

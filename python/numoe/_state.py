@@ -1,0 +1,64 @@
+"""What a layer keeps: its parameters and buffers, drawn, checked, read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from numoe import checkpoint
+from numoe._arrays import FloatArray
+from numoe.config import MoEConfig
+
+
+def initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, FloatArray]:
+    """Router N(0, 0.02²), matrices N(0, 1/fan_in), biases 0; every tensor is drawn whole, in the documented order."""
+    params = {name: np.zeros(shape, config.compute_dtype) for name, shape in config.param_shapes().items()}
+    for name, value in params.items():
+        if name.startswith("w_"):
+            fan_in = value.shape[-2] if value.ndim > 1 else value.shape[0]
+            std = 0.02 if name == "w_router" else fan_in**-0.5
+            rng.standard_normal(out=value, dtype=value.dtype)
+            value *= std
+    return {name: value.astype(config.param_dtype(name), copy=False) for name, value in params.items()}
+
+
+def initial_buffers(config: MoEConfig) -> dict[str, FloatArray]:
+    """Zeros."""
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in config.buffer_specs.items()}
+
+
+def check_state(config: MoEConfig, params: Mapping[str, FloatArray], buffers: Mapping[str, FloatArray]) -> None:
+    """The parameters are the user's to change; their names, shapes and dtype are not."""
+    for kind, values, specs in (("params", params, config.param_specs), ("buffers", buffers, config.buffer_specs)):
+        for name, (shape, dtype) in specs.items():
+            value = values.get(name)
+            if type(value) is not np.ndarray or value.shape != shape or value.dtype != dtype:
+                _check_array(f"layer.{kind}[{name!r}]", value, shape, dtype)
+
+
+def _check_array(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """A subclass of ndarray passes, unless it means something else."""
+    ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+    if not ours or value.shape != shape or value.dtype != dtype:
+        got = f"{value.dtype} {value.shape}" if ours else type(value).__name__
+        raise ValueError(
+            f"{name} must be a {dtype} array of shape {shape}; got {got}.  Assign in place: {name}[...] = value."
+        )
+
+
+def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, FloatArray]]:
+    """Configuration, parameters and buffers of a file; what does not fit its own configuration is refused."""
+    state, settings = checkpoint.load(path)
+    try:
+        config = MoEConfig.from_dict(settings)
+    except (TypeError, ValueError, KeyError) as error:
+        raise checkpoint.CheckpointError(f"{path}: the configuration inside is not valid: {error}") from None
+    expected = config.param_specs | config.buffer_specs
+    for name, value in state.items():
+        if name in expected and value.dtype != expected[name][1]:
+            raise checkpoint.CheckpointError(f"{path}: {name!r} must be {expected[name][1]}; got {value.dtype}.")
+    arrays, _ = checkpoint.checked_state(state, expected, source=str(path))
+    params = {name: arrays[name] for name in config.param_specs}
+    return config, params, {name: arrays[name] for name in config.buffer_specs}
