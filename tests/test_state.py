@@ -188,6 +188,14 @@ def test_a_state_may_alias_the_layer() -> None:
     assert_bitwise_equal(layer.params["w_up"], gate)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_start_on_cache_lines(dtype: str, tmp_path: Path) -> None:
+    layer = numoe.MoELayer(d_model=37, d_ff=11, num_experts=3, top_k=1, dtype=dtype, rng=0)
+    layer.save(tmp_path / "layer.safetensors")
+    for one in (layer, numoe.MoELayer.load(tmp_path / "layer.safetensors")):
+        assert {value.ctypes.data % 64 for value in one.params.values()} == {0}
+
+
 def test_loading_keeps_the_arrays_in_place() -> None:
     """Whoever holds a parameter - an optimiser, a view - goes on holding it."""
     layer = make("default")

@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from numoe import _core
+
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -98,6 +100,20 @@ def _convert(array: npt.NDArray[Any], name: str, dtype: np.dtype[Any]) -> FloatA
             )
         array = converted
     return np.require(array, requirements=["C", "A"])
+
+
+def line_aligned(array: npt.NDArray[Any], dtype: np.dtype[Any] | None = None) -> npt.NDArray[Any]:
+    """The same numbers, in `dtype`, from the start of a cache line on: loads that cross lines cost twice.
+
+    NumPy's own arrays start anywhere, large ones mostly 16 bytes into a line.  A copy, unless nothing needs changing.
+    """
+    dtype = array.dtype if dtype is None else dtype
+    flags = array.flags
+    if array.dtype == dtype and flags.c_contiguous and flags.writeable and array.ctypes.data % 64 == 0:
+        return array
+    placed = _core.line_aligned_zeros(array.shape, dtype)
+    placed[...] = array
+    return placed
 
 
 def as_mask(mask: Any, num_tokens: int, leading: tuple[int, ...] | None = None, name: str = "mask") -> BoolArray:

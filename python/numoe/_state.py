@@ -7,21 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from numoe import checkpoint
-from numoe._arrays import FloatArray
+from numoe import _core, checkpoint
+from numoe._arrays import FloatArray, line_aligned
 from numoe.config import MoEConfig
 
 
 def initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, FloatArray]:
     """Router N(0, 0.02²), matrices N(0, 1/fan_in), biases 0; every tensor is drawn whole, in the documented order."""
-    params = {name: np.zeros(shape, config.compute_dtype) for name, shape in config.param_shapes().items()}
+    zeros = _core.line_aligned_zeros
+    params = {name: zeros(shape, config.compute_dtype) for name, shape in config.param_shapes().items()}
     for name, value in params.items():
         if name.startswith("w_"):
             fan_in = value.shape[-2] if value.ndim > 1 else value.shape[0]
             std = 0.02 if name == "w_router" else fan_in**-0.5
             rng.standard_normal(out=value, dtype=value.dtype)
             value *= std
-    return {name: value.astype(config.param_dtype(name), copy=False) for name, value in params.items()}
+    return {name: line_aligned(value, config.param_dtype(name)) for name, value in params.items()}
 
 
 def initial_buffers(config: MoEConfig) -> dict[str, FloatArray]:
@@ -60,5 +61,5 @@ def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, F
         if name in expected and value.dtype != expected[name][1]:
             raise checkpoint.CheckpointError(f"{path}: {name!r} must be {expected[name][1]}; got {value.dtype}.")
     arrays, _ = checkpoint.checked_state(state, expected, source=str(path))
-    params = {name: arrays[name] for name in config.param_specs}
+    params = {name: line_aligned(arrays[name]) for name in config.param_specs}
     return config, params, {name: arrays[name] for name in config.buffer_specs}
