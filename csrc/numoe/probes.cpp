@@ -10,9 +10,6 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "numoe/parallel.h"
 
@@ -160,20 +157,14 @@ double peak_rate(const PeakLoop<T>& loop, int threads, double seconds) {
 template double peak_rate(const PeakLoop<float>&, int, double);
 template double peak_rate(const PeakLoop<double>&, int, double);
 
-ReadProbe::ReadProbe(Index bytes) : data_(nullptr), size_((bytes + kPage - 1) / kPage * kPage) {
-  data_ = static_cast<char*>(::operator new(static_cast<std::size_t>(size_), std::align_val_t{kPage}));
-#ifdef __linux__
-  madvise(data_, static_cast<std::size_t>(size_), MADV_HUGEPAGE);  // a refusal costs speed, nothing else
-#endif
+ReadProbe::ReadProbe(Index bytes) : buffer_((bytes + kPage - 1) / kPage * kPage) {
   // Written by all threads: pages go to the memory of whoever touches them first.
-  parallel_for(size_ / kPage, [this](Index page) { std::memset(data_ + page * kPage, 1, kPage); });
+  parallel_for(size() / kPage, [this](Index page) { std::memset(buffer_.data() + page * kPage, 1, kPage); });
 }
-
-ReadProbe::~ReadProbe() { ::operator delete(data_, std::align_val_t{kPage}); }
 
 double ReadProbe::rate(Index bytes, int threads) const {
   const Index share = std::max(kReadBlock, bytes / threads / kReadBlock * kReadBlock);
-  const Index readers = std::min<Index>(threads, size_ / share);
+  const Index readers = std::min<Index>(threads, size() / share);
   const ReadLoop loop = share >= kLargeShare ? widest_read_loop<true>() : widest_read_loop<false>();
   const auto read = [&](Index passes) {
     return seconds_of([&] {
@@ -181,7 +172,7 @@ double ReadProbe::rate(Index bytes, int threads) const {
           readers,
           [&](Index i) {
             alignas(64) unsigned out[16];
-            loop(data_ + i * share, share, passes, out);
+            loop(buffer_.data() + i * share, share, passes, out);
           },
           threads);
     });
