@@ -91,8 +91,14 @@ def functions() -> tuple[Function, ...]:
 
 
 TILE = re.compile(r"numoe::\(anonymous namespace\)::tile(_bf16)?_of_height<(.*), (\d+)>\(")  # the last number: height
-REGISTERS = {"avx512": ("zmm", 64), "avx2": ("ymm", 32), "portable": ("xmm", 16)}  # and their bytes
+REGISTERS = {  # and their bytes
+    "avx512_bf16": ("zmm", 64),
+    "avx512": ("zmm", 64),
+    "avx2": ("ymm", 32),
+    "portable": ("xmm", 16),
+}
 WEIGHTS = ("float32", "float64", "bfloat16")
+TILES = [*itertools.product(REGISTERS, WEIGHTS), ("avx512_bf16", "bfloat16 dots")]
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Tile:
 
 
 def multiplications(code: tuple[Instruction, ...]) -> list[Instruction]:
-    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]", i.mnemonic)]
+    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]|vdpbf16ps", i.mnemonic)]
 
 
 def stack_accesses(function: Function, code: tuple[Instruction, ...]) -> list[str]:
@@ -135,9 +141,13 @@ def tiles(target: str, weights: str) -> list[Tile]:
     for function in functions():
         match = TILE.match(function.name.removeprefix("void "))
         if match and function.file == f"{target}.cpp":
-            kind = "bfloat16" if match[1] else "float64" if "double" in match[2] else "float32"
+            kind = "bfloat16" if match[1] else "bfloat16 dots" if "Pairs<" in match[2] else element_of(match[2])
             found += [Tile(int(match[3]), function)] if kind == weights else []
     return sorted(found, key=lambda tile: tile.height)
+
+
+def element_of(arguments: str) -> str:
+    return "float64" if "double" in arguments else "float32"
 
 
 @pytest.fixture
@@ -147,8 +157,7 @@ def _optimised() -> None:
 
 
 @pytest.mark.usefixtures("_optimised")
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("target", REGISTERS)
+@pytest.mark.parametrize(("target", "weights"), TILES)
 def test_every_tile_height_is_there(target: str, weights: str) -> None:
     """The tests below look at what they find; this one says what there must be."""
     heights = list(range(1, shape(target, weights)[0] + 1))
@@ -156,13 +165,14 @@ def test_every_tile_height_is_there(target: str, weights: str) -> None:
 
 
 @pytest.mark.usefixtures("_optimised")
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("target", REGISTERS)
+@pytest.mark.parametrize(("target", "weights"), TILES)
 def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, weights: str) -> None:
     register, width = REGISTERS[target]
     columns = shape(target, weights)[1] * (8 if weights == "float64" else 4) // width
     steps = 2 if weights == "bfloat16" else 1  # numbers of k that one load of weights serves
     multiply = rf"{'mul' if target == 'portable' else 'vfmadd...'}p{'d' if weights == 'float64' else 's'}"
+    if weights == "bfloat16 dots":
+        multiply = "vdpbf16ps"
     for tile in tiles(target, weights):
         products = multiplications(tile.hot_loop)
         assert len(products) % (steps * tile.height * columns) == 0, tile.function.name  # more than once if unrolled
@@ -172,14 +182,16 @@ def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, we
 
 
 @pytest.mark.usefixtures("_optimised")
-@pytest.mark.parametrize(("target", "weights"), [*itertools.product(REGISTERS, WEIGHTS)])
+@pytest.mark.parametrize(("target", "weights"), TILES)
 def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> None:
     for tile in tiles(target, weights):
         assert stack_accesses(tile.function, tile.hot_loop) == [], tile.function.name
 
 
 # The loops that measure a CPU: their callers ask for the CPU's features, as those of the targets do.
-PROBES = re.compile(r"numoe_peak_avx(2|512)_f(32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<\w+>\(.*")
+PROBES = re.compile(
+    r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<\w+>\(.*"
+)
 BEYOND_AVX2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 
 
@@ -198,7 +210,10 @@ def test_wide_instructions_are_only_in_functions_of_their_own_target() -> None:
         function.name
         for function in functions()
         if any(map(is_wide, function.code))
-        and not (function.file in ("avx2.cpp", "avx512.cpp") and "numoe::(anonymous namespace)::" in function.name)
+        and not (
+            function.file in ("avx2.cpp", "avx512.cpp", "avx512_bf16.cpp")
+            and "numoe::(anonymous namespace)::" in function.name
+        )
         and not PROBES.fullmatch(function.name)
     ]
     assert strays == []
@@ -213,8 +228,8 @@ def test_avx2_needs_nothing_beyond_avx2() -> None:
 # ── objects, compiled here
 
 KERNEL_FILES = sorted(path.stem for path in KERNELS.glob("*.cpp") if path.stem != "target")
-LIBRARY = {"sqrt", "sqrtf", "memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf"}  # of C
-COMPILER = {"_GLOBAL_OFFSET_TABLE_", "__cpu_model", "__cpu_indicator_init", "__stack_chk_fail"}
+LIBRARY = {"sqrt", "sqrtf", "memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf", "fmaf"}  # of C
+COMPILER = {"_GLOBAL_OFFSET_TABLE_", "__cpu_model", "__cpu_features2", "__cpu_indicator_init", "__stack_chk_fail"}
 
 
 @dataclass(frozen=True)
@@ -235,7 +250,7 @@ class Symbol:
 def flags_of(stem: str) -> list[str]:
     """What CMakeLists.txt adds for one file."""
     text = (SOURCE / "CMakeLists.txt").read_text(encoding="utf-8")
-    found = re.search(rf'kernels/{stem}\.cpp PROPERTIES\s+COMPILE_OPTIONS "(.*)"', text)
+    found = re.search(rf'kernels/{stem}\.cpp PROPERTIES\s+COMPILE_OPTIONS\s+"(.*)"', text)
     return found[1].split(";") if found else []
 
 
@@ -259,6 +274,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Symbol]]
 
 def test_flags_are_found() -> None:
     assert "-mavx512f" in flags_of("avx512") and "-mavx2" in flags_of("avx2")
+    assert [flag for flag in flags_of("avx512_bf16") if flag != "-mavx512bf16"] == flags_of("avx512")
 
 
 @pytest.mark.parametrize("stem", KERNEL_FILES)

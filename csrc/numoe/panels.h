@@ -16,12 +16,14 @@ namespace numoe {
 
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
-// Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.
+// Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.  Pairs of bfloat16 are
+// multiplied by dots with panels of pairs; depth counts them.
 template <class T>
 struct PackedRows {
   const T* data;
   RowTiles tiles;
   Index depth;
+  bool pairs = false;
 
   const T* tile(Index i) const { return data + tiles.begin(i) * depth; }
 };
@@ -255,7 +257,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const Source& so
       multiply(narrow, kernel.tile_bf16);
     } else {
       wide.b = b.wide;
-      multiply(wide, kernel.tile);
+      multiply(wide, rows.pairs ? kernel.tile_dot : kernel.tile);
     }
   }
   if (rows.depth == 0 && store != Store::accumulate) {
