@@ -90,9 +90,18 @@ def functions() -> tuple[Function, ...]:
     return tuple(Function(name, file, tuple(code)) for file, name, code in found_names)
 
 
-TILE = re.compile(r"numoe::\(anonymous namespace\)::tile(_bf16)?_of_height<(.*), (\d+)>\(")  # the last number: height
-REGISTERS = {"avx512": ("zmm", 64), "avx2": ("ymm", 32), "portable": ("xmm", 16)}  # and their bytes
-WEIGHTS = ("float32", "float64", "bfloat16")
+TILE = re.compile(  # the last number is the height; of tiles that carry lines: past the caches or not
+    r"numoe::\(anonymous namespace\)::(?:carrying_)?tile(_bf16)?_of_height<(.*), (\d+)(?:, (true|false))?>\("
+)
+REGISTERS = {  # and their bytes
+    "avx512_bf16": ("zmm", 64),
+    "avx512": ("zmm", 64),
+    "avx2": ("ymm", 32),
+    "portable": ("xmm", 16),
+}
+CARRYING = {None: "", "false": " while carrying", "true": " while streaming"}
+WEIGHTS = ("bfloat16", *(t + c for t, c in itertools.product(("float32", "float64"), CARRYING.values())))
+TILES = [*itertools.product(REGISTERS, WEIGHTS), ("avx512_bf16", "bfloat16 dots")]
 
 
 @dataclass(frozen=True)
@@ -101,19 +110,18 @@ class Tile:
     function: Function
 
     @functools.cached_property
-    def hot_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop that multiplies; there is one."""
+    def hot_loops(self) -> list[tuple[Instruction, ...]]:
+        """The innermost loops that multiply; in tiles that carry lines the one with a line in it comes first."""
         code = self.function.code
         jumps = [(i.jumps_to, i.address) for i in code if i.jumps_to is not None]
         loops = [(a, b) for a, b in jumps if code[0].address <= a <= b]
         bodies = [tuple(i for i in code if a <= i.address <= b) for a, b in loops]
         multiplying = [body for body in bodies if multiplications(body)]
-        (innermost,) = (body for body in multiplying if not any(set(other) < set(body) for other in multiplying))
-        return innermost
+        return [body for body in multiplying if not any(set(other) < set(body) for other in multiplying)]
 
 
 def multiplications(code: tuple[Instruction, ...]) -> list[Instruction]:
-    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]", i.mnemonic)]
+    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]|vdpbf16ps", i.mnemonic)]
 
 
 def stack_accesses(function: Function, code: tuple[Instruction, ...]) -> list[str]:
@@ -126,7 +134,7 @@ def stack_accesses(function: Function, code: tuple[Instruction, ...]) -> list[st
 def shape(target: str, weights: str) -> tuple[int, int]:
     """Rows and columns of the largest tile."""
     facts = next(t for t in _core.targets() if t["name"] == target)
-    rows, columns = facts["float64_tile" if weights == "float64" else "float32_tile"]
+    rows, columns = facts["float64_tile" if weights.startswith("float64") else "float32_tile"]
     return rows, columns
 
 
@@ -135,9 +143,14 @@ def tiles(target: str, weights: str) -> list[Tile]:
     for function in functions():
         match = TILE.match(function.name.removeprefix("void "))
         if match and function.file == f"{target}.cpp":
-            kind = "bfloat16" if match[1] else "float64" if "double" in match[2] else "float32"
+            numbers = "bfloat16 dots" if "Pairs<" in match[2] else element_of(match[2])
+            kind = "bfloat16" if match[1] else numbers + CARRYING[match[4]]
             found += [Tile(int(match[3]), function)] if kind == weights else []
     return sorted(found, key=lambda tile: tile.height)
+
+
+def element_of(arguments: str) -> str:
+    return "float64" if "double" in arguments else "float32"
 
 
 @pytest.fixture
@@ -147,8 +160,7 @@ def _optimised() -> None:
 
 
 @pytest.mark.usefixtures("_optimised")
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("target", REGISTERS)
+@pytest.mark.parametrize(("target", "weights"), TILES)
 def test_every_tile_height_is_there(target: str, weights: str) -> None:
     """The tests below look at what they find; this one says what there must be."""
     heights = list(range(1, shape(target, weights)[0] + 1))
@@ -156,30 +168,37 @@ def test_every_tile_height_is_there(target: str, weights: str) -> None:
 
 
 @pytest.mark.usefixtures("_optimised")
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("target", REGISTERS)
+@pytest.mark.parametrize(("target", "weights"), TILES)
 def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, weights: str) -> None:
     register, width = REGISTERS[target]
-    columns = shape(target, weights)[1] * (8 if weights == "float64" else 4) // width
+    double = weights.startswith("float64")
+    columns = shape(target, weights)[1] * (8 if double else 4) // width
     steps = 2 if weights == "bfloat16" else 1  # numbers of k that one load of weights serves
-    multiply = rf"{'mul' if target == 'portable' else 'vfmadd...'}p{'d' if weights == 'float64' else 's'}"
+    multiply = rf"{'mul' if target == 'portable' else 'vfmadd...'}p{'d' if double else 's'}"
+    if weights == "bfloat16 dots":
+        multiply = "vdpbf16ps"
     for tile in tiles(target, weights):
-        products = multiplications(tile.hot_loop)
-        assert len(products) % (steps * tile.height * columns) == 0, tile.function.name  # more than once if unrolled
-        for product in products:
-            assert re.fullmatch(multiply, product.mnemonic), (tile.function.name, product)
-            assert re.search(rf"%{register}\d+$", product.operands), (tile.function.name, product)
+        name = tile.function.name
+        assert len(tile.hot_loops) == (2 if "carrying_tile" in name else 1), name
+        for products in map(multiplications, tile.hot_loops):
+            assert len(products) % (steps * tile.height * columns) == 0, name  # more than once if unrolled
+            for product in products:
+                assert re.fullmatch(multiply, product.mnemonic), (name, product)
+                assert re.search(rf"%{register}\d+$", product.operands), (name, product)
 
 
 @pytest.mark.usefixtures("_optimised")
-@pytest.mark.parametrize(("target", "weights"), [*itertools.product(REGISTERS, WEIGHTS)])
+@pytest.mark.parametrize(("target", "weights"), TILES)
 def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> None:
     for tile in tiles(target, weights):
-        assert stack_accesses(tile.function, tile.hot_loop) == [], tile.function.name
+        for loop in tile.hot_loops:
+            assert stack_accesses(tile.function, loop) == [], tile.function.name
 
 
 # The loops that measure a CPU: their callers ask for the CPU's features, as those of the targets do.
-PROBES = re.compile(r"numoe_peak_avx(2|512)_f(32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<\w+>\(.*")
+PROBES = re.compile(
+    r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<\w+>\(.*"
+)
 BEYOND_AVX2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 
 
@@ -198,7 +217,10 @@ def test_wide_instructions_are_only_in_functions_of_their_own_target() -> None:
         function.name
         for function in functions()
         if any(map(is_wide, function.code))
-        and not (function.file in ("avx2.cpp", "avx512.cpp") and "numoe::(anonymous namespace)::" in function.name)
+        and not (
+            function.file in ("avx2.cpp", "avx512.cpp", "avx512_bf16.cpp")
+            and "numoe::(anonymous namespace)::" in function.name
+        )
         and not PROBES.fullmatch(function.name)
     ]
     assert strays == []
@@ -213,8 +235,8 @@ def test_avx2_needs_nothing_beyond_avx2() -> None:
 # ── objects, compiled here
 
 KERNEL_FILES = sorted(path.stem for path in KERNELS.glob("*.cpp") if path.stem != "target")
-LIBRARY = {"sqrt", "sqrtf", "memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf"}  # of C
-COMPILER = {"_GLOBAL_OFFSET_TABLE_", "__cpu_model", "__cpu_indicator_init", "__stack_chk_fail"}
+LIBRARY = {"sqrt", "sqrtf", "memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf", "fmaf"}  # of C
+COMPILER = {"_GLOBAL_OFFSET_TABLE_", "__cpu_model", "__cpu_features2", "__cpu_indicator_init", "__stack_chk_fail"}
 
 
 @dataclass(frozen=True)
@@ -235,7 +257,7 @@ class Symbol:
 def flags_of(stem: str) -> list[str]:
     """What CMakeLists.txt adds for one file."""
     text = (SOURCE / "CMakeLists.txt").read_text(encoding="utf-8")
-    found = re.search(rf'kernels/{stem}\.cpp PROPERTIES\s+COMPILE_OPTIONS "(.*)"', text)
+    found = re.search(rf'kernels/{stem}\.cpp PROPERTIES\s+COMPILE_OPTIONS\s+"(.*)"', text)
     return found[1].split(";") if found else []
 
 
@@ -259,6 +281,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Symbol]]
 
 def test_flags_are_found() -> None:
     assert "-mavx512f" in flags_of("avx512") and "-mavx2" in flags_of("avx2")
+    assert [flag for flag in flags_of("avx512_bf16") if flag != "-mavx512bf16"] == flags_of("avx512")
 
 
 @pytest.mark.parametrize("stem", KERNEL_FILES)

@@ -1,7 +1,11 @@
-"""Packed layers give the bits of the layer they were made from, in every form, for any number of tokens."""
+"""Packed layers give the bits of the layer they were made from, in every form, for any number of tokens.
+
+bfloat16 on a target with dot products is the exception: those have laws of their own.
+"""
 
 import itertools
 
+import dots
 import ml_dtypes
 import numoe
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 from numoe.testing import assert_bitwise_equal
 
 D, F, E, K = 37, 53, 6, 3  # no multiple of any vector width
+SHARED = numoe.SharedExpertConfig(d_ff=19, gate="sigmoid")
 FORMS = list(itertools.product(["softmax", "sigmoid"], ["glu", "mlp"], [False, True], [None, "none", "sigmoid"]))
 
 
@@ -45,7 +50,78 @@ def test_bfloat16_is_the_layer_with_rounded_expert_weights(score, form, bias, ga
     packed = layer.pack("bfloat16")
     for count in (1, 2, 5, 50, 300):
         x = tokens(count, "float32")
-        assert_bitwise_equal(packed(x), rounded(x))
+        if dots.USED:
+            dots.assert_within(packed(x), dots.layer_on_rounded_rows(layer, x))
+        else:
+            assert_bitwise_equal(packed(x), rounded(x))
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_depend_neither_on_threads_nor_on_neighbours(dtype, weight_on):
+    layer = numoe.MoELayer(d_model=D, d_ff=F, num_experts=E, top_k=K, weight_on=weight_on, shared=SHARED, rng=0)
+    packed, x, threads = layer.pack(dtype), tokens(90, "float32"), numoe.num_threads()
+    try:
+        numoe.set_num_threads(1)
+        whole = packed(x)
+        assert_bitwise_equal(np.stack([packed(token) for token in x]), whole)
+        for size in (2, 7, 31, 64):
+            pieces = [packed(x[begin : begin + size]) for begin in range(0, len(x), size)]
+            assert_bitwise_equal(np.concatenate(pieces), whole)
+        for count in (2, 3, 5):
+            numoe.set_num_threads(count)
+            assert_bitwise_equal(packed(x), whole)
+            assert_bitwise_equal(np.stack([packed(token) for token in x[:5]]), whole[:5])
+    finally:
+        numoe.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("form", ["glu", "mlp"])
+@pytest.mark.parametrize("axis", ["T", "D", "F"])
+@pytest.mark.parametrize("size", [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2051])
+def test_bfloat16_is_exact_on_small_integers(size, axis, form):
+    """Hidden numbers are at most 256, so bfloat16 has them all: no place is lost, doubled or confused with another."""
+    sizes = {"T": 13, "D": 7, "F": 11} | {axis: size}
+    layer = numoe.MoELayer(
+        d_model=sizes["D"], d_ff=sizes["F"], num_experts=3, top_k=1, form=form, activation="relu", bias=True, rng=0
+    )
+    rng = np.random.default_rng(size)
+    for name, value in layer.params.items():
+        value[...] = rng.integers(-1, 2, value.shape)
+        if form == "glu" and name in ("w_gate", "w_up"):  # few enough that products of their sums stay small
+            value *= rng.random(value.shape) < 16 / sizes["D"]
+    x = rng.integers(-1, 2, (sizes["T"], sizes["D"])).astype(np.float32)
+    indices, weights = rng.integers(0, 3, (sizes["T"], 1)), np.full((sizes["T"], 1), 2, np.float32)
+    out = layer.forward(x, indices=indices, weights=weights)
+    _, cache = numoe.experts_forward(x, out.dispatch, layer.params, layer.config.experts)
+    hidden = np.maximum(cache.gate, 0) * cache.up if form == "glu" else np.maximum(cache.up, 0)
+    assert 0 < abs(hidden).max() <= 256
+    packed = layer.pack("bfloat16")
+    assert np.array_equal(packed.forward_routed(x, indices, weights), out.y)
+    for t in range(0, sizes["T"], 5):
+        assert np.array_equal(packed.forward_routed(x[t : t + 1], indices[t : t + 1], weights[t : t + 1])[0], out.y[t])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 2, 3, 31, 33])
+def test_padding_stays_out_of_the_sums(width, dtype):
+    """An infinite x times a column of zeros that only pads would be NaN; times -1 and clipped it is 0."""
+    layer = numoe.MoELayer(d_model=width, d_ff=width, num_experts=1, top_k=1, form="mlp", activation="relu", rng=0)
+    layer.params["w_up"][...] = -1
+    x = np.full((5, width), np.inf, np.float32)
+    y = layer.pack(dtype).forward_routed(x, np.zeros((5, 1), int), np.ones((5, 1), np.float32))
+    assert np.array_equal(y, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_token_disturbs_no_other(dtype):
+    packed, x = make("softmax", "glu", True, None).pack(dtype), tokens(40, "float32")
+    indices, weights = np.tile([0, 1, 2], (40, 1)), np.full((40, 3), 0.5, np.float32)
+    clean = packed.forward_routed(x, indices, weights)
+    x[17] = np.nan
+    y = packed.forward_routed(x, indices, weights)
+    assert np.isnan(y[17]).all()
+    assert_bitwise_equal(np.delete(y, 17, axis=0), np.delete(clean, 17, axis=0))
 
 
 def test_a_packed_layer_is_a_copy():

@@ -18,7 +18,8 @@ py::list list_peak_probes() {
   py::list list;
   for (const PeakProbe& probe : peak_probes()) {
     list.append(py::dict(py::arg("name") = probe.name, py::arg("description") = probe.description,
-                         py::arg("supported") = probe.supported()));
+                         py::arg("supported") = probe.supported(),
+                         py::arg("bfloat16_dots") = probe.bf16.run != nullptr));
   }
   return list;
 }
@@ -37,14 +38,18 @@ const PeakProbe& peak_probe(const std::string& name) {
 double probe_peak(const std::string& vectors, const std::string& dtype, int threads, double seconds) {
   const PeakProbe& probe = peak_probe(vectors);
   check_threads(threads);
-  if (dtype != "float32" && dtype != "float64") {
-    throw py::value_error("dtype must be 'float32' or 'float64'; got '" + dtype + "'");
+  const bool bfloat16_dots = dtype == "bfloat16" && probe.bf16.run;
+  if (dtype != "float32" && dtype != "float64" && !bfloat16_dots) {
+    throw py::value_error(
+        "dtype must be 'float32' or 'float64', or 'bfloat16' for vectors with its dot products; got '" + dtype +
+        "' for '" + vectors + "'");
   }
   if (!(seconds > 0 && seconds <= 60)) {
     throw py::value_error("seconds must be > 0 and <= 60; got " + std::to_string(seconds));
   }
   ReleasedGil nogil;
-  return dtype == "float32" ? peak_rate(probe.f32, threads, seconds) : peak_rate(probe.f64, threads, seconds);
+  if (dtype == "float64") return peak_rate(probe.f64, threads, seconds);
+  return peak_rate(bfloat16_dots ? probe.bf16 : probe.f32, threads, seconds);
 }
 
 double read_rate(const ReadProbe& probe, Index bytes, int threads) {

@@ -42,7 +42,8 @@ py::list describe(std::span<const KernelTable* const> tables) {
   for (const KernelTable* table : tables) {
     list.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
                          py::arg("supported") = table->supported(), py::arg("float32_tile") = tile_of(table->f32),
-                         py::arg("float64_tile") = tile_of(table->f64)));
+                         py::arg("float64_tile") = tile_of(table->f64),
+                         py::arg("bfloat16_dots") = table->f32.tile_dot != nullptr));
   }
   return list;
 }

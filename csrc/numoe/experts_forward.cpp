@@ -17,9 +17,14 @@ void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatc
                      const PackedExperts<S>& experts, const ExpertBiases<Compute<S>>& biases,
                      const ExpertOptions& options, MatrixView<Compute<S>> y) {
   using T = Compute<S>;
-  Forward<T, PackedWeights<T, S>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, true,
-                                  PackedWeights<T, S>(experts), biases)
-      .run({}, y);
+  const auto run = [&]<class Weights>(const Weights& matrices) {
+    Forward<T, Weights>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, true, matrices, biases)
+        .run({}, y);
+  };
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    if (kernels<T>().tile_dot) return run(PackedWeights<T, S, true>(experts));
+  }
+  run(PackedWeights<T, S>(experts));
 }
 
 #define NUMOE_INSTANTIATE(S)                                                                                     \

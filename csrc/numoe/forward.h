@@ -2,7 +2,8 @@
 //
 //   PackedWeights     panels in place
 //   RowMajorWeights   NumPy's matrices, which their owner may change between calls
-// Both name a matrix of an expert, columns [col, col + cols), as a source of panels.
+// Both name a matrix of an expert, columns [col, col + cols), as a source of panels, and say what rows it is multiplied
+// by: numbers, or pairs of bfloat16.
 #pragma once
 
 #include "numoe/packed.h"
@@ -13,6 +14,8 @@ namespace numoe {
 template <class T, class S>
 class RowMajorWeights {
  public:
+  static constexpr bool pairs = false;
+
   explicit RowMajorWeights(const ExpertWeights<S>& weights) : w_(weights) {}
 
   bool glu() const { return w_.glu(); }
@@ -24,23 +27,30 @@ class RowMajorWeights {
   const ExpertWeights<S>& w_;
 };
 
-template <class T, class S>
+// in_pairs: bfloat16 panels are read as panels of pairs, which the type T only carries.
+template <class T, class S, bool in_pairs = false>
 class PackedWeights {
  public:
+  static constexpr bool pairs = in_pairs;
+
   explicit PackedWeights(const PackedExperts<S>& weights) : w_(weights) {}
 
   bool glu() const { return w_.glu(); }
-  auto gate(Index e, Index col, Index cols) const { return first(e, col, cols, 0); }
-  auto up(Index e, Index col, Index cols) const { return first(e, col, cols, glu() ? w_.gate_to_up() : 0); }
-  auto down(Index e, Index col, Index cols) const {
-    return PackedPanels<T, S>(w_.down(e, col), w_.down_step(), panels(cols),
-                              w_.down(e, col) + panels(cols) * w_.down_step());
+  auto gate(Index e, Index col, Index cols) const { return panels(w_.up(e, col), 0, w_.up_step(), cols); }
+  auto up(Index e, Index col, Index cols) const {
+    return panels(w_.up(e, col), glu() ? w_.gate_to_up() : 0, w_.up_step(), cols);
   }
+  auto down(Index e, Index col, Index cols) const { return panels(w_.down(e, col), 0, w_.down_step(), cols); }
 
  private:
-  Index panels(Index cols) const { return num_panels(cols, kernels<T>().tile_cols); }
-  PackedPanels<T, S> first(Index e, Index col, Index cols, Index offset) const {
-    return {w_.up(e, col) + offset, w_.up_step(), panels(cols), w_.up(e, col) + panels(cols) * w_.up_step()};
+  using Element = std::conditional_t<pairs, T, S>;  // of a panel: a pair, or a number
+
+  // Panels `step` numbers apart, which start `offset` numbers behind `first`.
+  static PackedPanels<T, Element> panels(const S* first, Index offset, Index step, Index cols) {
+    constexpr Index size = sizeof(Element) / sizeof(S);
+    const Element* begin = reinterpret_cast<const Element*>(first);
+    const Index count = num_panels(cols, kernels<T>().tile_cols);
+    return {begin + offset / size, step / size, count, begin + count * step / size};
   }
 
   const PackedExperts<S>& w_;
@@ -63,7 +73,7 @@ class Forward : Pipeline<T> {
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);
     for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, D_ + F_)) {
-      Workspace<T, 4> hidden(rows_of(range) * F_);
+      Workspace<T, 4> hidden(rows_of(range) * packed_size(F_));
       up(range, cache, hidden.data());
       down(range, hidden.data(), result);
     }
@@ -72,21 +82,28 @@ class Forward : Pipeline<T> {
   // cache.gate = x · w_gate + b_gate, cache.up = x · w_up + b_up, and
   // hidden = act(gate) * up, stored as row tiles for the next product; either may be absent
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
-    Workspace<T, 3> inputs(rows_of(range) * D_);
-    this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
+    Workspace<T, 3> inputs(rows_of(range) * packed_size(D_));
+    this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data(), Weights::pairs);
     const Index block = this->columns_per_task(2 * D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
           const Index col = piece * block, cols = std::min(block, F_ - col);
-          const PackedRows<T> rows{inputs.data() + start(range, e, D_), tiles(e), D_};
-          up_columns(e, col, cols, rows, cache, hidden ? hidden + start(range, e, F_) : nullptr);
+          up_columns(e, col, cols, packed_rows(inputs.data(), range, e, D_), cache,
+                     hidden ? hidden + start(range, e, packed_size(F_)) : nullptr);
         });
   }
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
   using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::for_passes;
+
+  static Index packed_size(Index depth) { return row_size(depth, Weights::pairs); }
+
+  // Expert e's rows of `depth` numbers, in a buffer for the experts of `range`.
+  PackedRows<T> packed_rows(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
+    return {buffer + start(range, e, packed_size(depth)), tiles(e), packed_size(depth), Weights::pairs};
+  }
 
   static void clear(MatrixView<T> y) {
     parallel_ranges(y.rows, 256, [&](Index begin, Index end) {
@@ -137,13 +154,17 @@ class Forward : Pipeline<T> {
     }
   }
 
-  // h (rows of the pass, W) → columns [col, col + cols) of the expert's row tiles
-  void store_hidden(const RowTiles& row_tiles, TileRange pass, Index col, Index cols, const T* h, T* hidden) const {
+  // h (rows of the pass, W) → columns [col, col + cols) of the expert's row tiles; pairs are rounded in place
+  void store_hidden(const RowTiles& row_tiles, TileRange pass, Index col, Index cols, T* h, T* hidden) const {
     const T* rows[max_tile_rows];
     for (Index i = pass.begin; i < pass.end; ++i) {
       const Index height = row_tiles.height(i);
-      for (Index r = 0; r < height; ++r, h += W_) rows[r] = h;
-      kernel_.transpose(cols, height, rows, hidden + row_tiles.begin(i) * F_ + col * height, height);
+      for (Index r = 0; r < height; ++r, h += W_) {
+        if constexpr (Weights::pairs) kernel_.round_pairs(cols, T(1), h, h);
+        rows[r] = h;
+      }
+      T* const target = hidden + row_tiles.begin(i) * packed_size(F_) + packed_size(col) * height;
+      kernel_.transpose(packed_size(cols), height, rows, target, height);
     }
   }
 
@@ -154,7 +175,7 @@ class Forward : Pipeline<T> {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {
         if (dispatch_.rows(e) == 0) continue;
-        down_columns(e, col, cols, {hidden + start(range, e, F_), tiles(e), F_}, result);
+        down_columns(e, col, cols, packed_rows(hidden, range, e, F_), result);
       }
     });
   }

@@ -209,4 +209,22 @@ class Workspace {
   Buffer<T> buffer_;
 };
 
+// ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// How many T's a packed row of `depth` numbers is: one for each, or one for a pair of bfloat16.
+inline Index row_size(Index depth, bool pairs) { return pairs ? (depth + 1) / 2 : depth; }
+
+// Row tile [row, row + height) of a, rounded to bfloat16 → [pairs][height].  For rows that lie together: x.
+template <class T>
+void pack_pairs(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
+  const Index size = row_size(depth, true);
+  T* rounded = scratch<T, 0>(height * size);
+  const T* rows[max_tile_rows];
+  for (Index r = 0; r < height; ++r, rounded += size) {
+    kernels<T>().round_pairs(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
+    rows[r] = rounded;
+  }
+  kernels<T>().transpose(size, height, rows, packed, height);
+}
+
 }  // namespace numoe

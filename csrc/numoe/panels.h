@@ -22,12 +22,14 @@ constexpr Index one_cache_away = 1024;  // bytes that a tile reads while a line 
 // With few tiles per panel a product waits for memory: whatever touches the panel once more costs more than it saves.
 inline bool few(Index tiles) { return tiles <= 2; }
 
-// Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.
+// Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.  Pairs of bfloat16 are
+// multiplied by dots with panels of pairs; depth counts them.
 template <class T>
 struct PackedRows {
   const T* data;
   RowTiles tiles;
   Index depth;
+  bool pairs = false;
 
   const T* tile(Index i) const { return data + tiles.begin(i) * depth; }
 };
@@ -317,7 +319,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       multiply(narrow, kernel.tile_bf16);
     } else {
       wide.b = b.wide;
-      multiply(wide, kernel.tile);
+      multiply(wide, rows.pairs ? kernel.tile_dot : kernel.tile);
     }
   }
   if (rows.depth == 0 && store != Store::accumulate) {

@@ -77,9 +77,9 @@ class Pipeline {
     return rows;
   }
 
-  // Where expert e's packed rows of `depth` numbers start in a buffer for the experts of `range`.
-  Index start(const ExpertRange& range, Index e, Index depth) const {
-    return (dispatch_.begin(e) - dispatch_.begin(range.begin)) * depth;
+  // Where expert e's packed rows of `size` T's start in a buffer for the experts of `range`.
+  Index start(const ExpertRange& range, Index e, Index size) const {
+    return (dispatch_.begin(e) - dispatch_.begin(range.begin)) * size;
   }
   Index rows_of(const ExpertRange& range) const { return dispatch_.begin(range.end) - dispatch_.begin(range.begin); }
 
@@ -143,17 +143,19 @@ class Pipeline {
     });
   }
 
-  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles.
+  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles, of pairs if asked for.
   template <class Rows>
-  void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
+  void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed, bool pairs = false) const {
     constexpr Index tiles_per_task = 8;
+    const Index size = row_size(depth, pairs);
+    const auto pack = pairs ? pack_pairs<T> : pack_tile<T>;
     for_pieces(
         range, [&](Index e) { return (tiles(e).count() + tiles_per_task - 1) / tiles_per_task; },
         [&](Index e, Index piece) {
           const RowTiles t = tiles(e);
           const Index last = std::min(t.count(), (piece + 1) * tiles_per_task);
           for (Index i = piece * tiles_per_task; i < last; ++i) {
-            pack_tile(rows(e), t.begin(i), t.height(i), depth, packed + start(range, e, depth) + t.begin(i) * depth);
+            pack(rows(e), t.begin(i), t.height(i), depth, packed + start(range, e, size) + t.begin(i) * size);
           }
         });
   }

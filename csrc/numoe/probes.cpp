@@ -10,9 +10,6 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "numoe/parallel.h"
 
@@ -24,11 +21,13 @@ namespace {
 
 // ACCUMULATORS chains sum = sum * factor + addend (towards 4: never subnormal, never infinite), enough of them to hide
 // the latency, few enough to stay in registers.  A compiler that spills one makes the probe read a third of the truth;
-// the loops are exported under plain names so that a test can disassemble them in the built module.
+// the loops are exported under plain names so that a test can disassemble them in the built module.  As float32 both
+// halves of factor and addend are bfloat16 numbers, 0.75 and 1, for chains sum = sum + dot(factor, addend), which stop
+// growing where a step is less than their last bit.
 #define NUMOE_PEAK_LOOP(NAME, TARGET, T, BYTES, ACCUMULATORS, REGISTER, MULTIPLY_ADD)            \
   extern "C" TARGET [[gnu::visibility("default")]] void numoe_peak_##NAME(Index steps, T* out) { \
     using V [[gnu::vector_size(BYTES)]] = T;                                                     \
-    V factor = V{} + T(0.75), addend = V{} + T(1), sum[ACCUMULATORS];                            \
+    V factor = V{} + T(0x1.807e8p-1), addend = V{} + T(0x1.007fp0), sum[ACCUMULATORS];           \
     _Pragma("GCC unroll 16") for (int i = 0; i < ACCUMULATORS; ++i) sum[i] = V{} + T(i);         \
     for (Index step = 0; step < steps; ++step) {                                                 \
       asm volatile("" : "+" REGISTER(factor), "+" REGISTER(addend)); /* nothing is hoisted */    \
@@ -65,7 +64,11 @@ namespace {
 
 #if defined(__x86_64__)
 #define NUMOE_TARGET_AVX512 __attribute__((target("avx512f")))
+#define NUMOE_TARGET_AVX512_BF16 __attribute__((target("avx512f,avx512bf16")))
 #define NUMOE_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define NUMOE_DOT(sum, factor, addend) \
+  _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(factor), reinterpret_cast<__m512bh>(addend))
+NUMOE_PEAK_LOOP(avx512_bf16, NUMOE_TARGET_AVX512_BF16, float, 64, 14, "v", NUMOE_DOT)
 NUMOE_PEAK_LOOP(avx512_f32, NUMOE_TARGET_AVX512, float, 64, 14, "v", _mm512_fmadd_ps)
 NUMOE_PEAK_LOOP(avx512_f64, NUMOE_TARGET_AVX512, double, 64, 14, "v", _mm512_fmadd_pd)
 NUMOE_PEAK_LOOP(avx2_f32, NUMOE_TARGET_AVX2, float, 32, 12, "x", _mm256_fmadd_ps)
@@ -87,16 +90,24 @@ NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 13, "m", NUMOE_
 #endif
 NUMOE_READ_LOOP(portable, NUMOE_TARGET_PORTABLE, 16)
 
-// One step of 14 accumulators of 16 lanes: 14 * 16 multiplications and as many additions.
-template <class T>
+// One step of 14 accumulators that take 16 numbers each: 14 * 16 multiplications and as many additions.
+template <class Factor, class T>
 constexpr PeakLoop<T> peak_loop(void (*run)(Index, T*), int accumulators, int bytes) {
-  return {2 * accumulators * bytes / static_cast<int>(sizeof(T)), run};
+  return {2 * accumulators * bytes / static_cast<int>(sizeof(Factor)), run};
 }
+
+#if defined(__x86_64__)
+bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
+#endif
 
 constexpr PeakProbe probes[] = {
 #if defined(__x86_64__)
-    {"avx512", "64-byte vectors, fused multiply-add", [] { return __builtin_cpu_supports("avx512f") != 0; },
-     peak_loop<float>(numoe_peak_avx512_f32, 14, 64), peak_loop<double>(numoe_peak_avx512_f64, 14, 64)},
+    {"avx512_bf16", "64-byte vectors, fused multiply-add, bfloat16 dot products",
+     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+     peak_loop<float>(numoe_peak_avx512_f32, 14, 64), peak_loop<double>(numoe_peak_avx512_f64, 14, 64),
+     peak_loop<bfloat16>(numoe_peak_avx512_bf16, 14, 64)},
+    {"avx512", "64-byte vectors, fused multiply-add", has_avx512, peak_loop<float>(numoe_peak_avx512_f32, 14, 64),
+     peak_loop<double>(numoe_peak_avx512_f64, 14, 64)},
     {"avx2", "32-byte vectors, fused multiply-add",
      [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; },
      peak_loop<float>(numoe_peak_avx2_f32, 12, 32), peak_loop<double>(numoe_peak_avx2_f64, 12, 32)},
@@ -118,7 +129,7 @@ using ReadLoop = void (*)(const char* data, Index size, Index passes, unsigned* 
 template <bool prefetch>
 ReadLoop widest_read_loop() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return read_avx512<prefetch>;
+  if (has_avx512()) return read_avx512<prefetch>;
   if (__builtin_cpu_supports("avx2")) return read_avx2<prefetch>;
 #endif
   return read_portable<prefetch>;
@@ -160,20 +171,14 @@ double peak_rate(const PeakLoop<T>& loop, int threads, double seconds) {
 template double peak_rate(const PeakLoop<float>&, int, double);
 template double peak_rate(const PeakLoop<double>&, int, double);
 
-ReadProbe::ReadProbe(Index bytes) : data_(nullptr), size_((bytes + kPage - 1) / kPage * kPage) {
-  data_ = static_cast<char*>(::operator new(static_cast<std::size_t>(size_), std::align_val_t{kPage}));
-#ifdef __linux__
-  madvise(data_, static_cast<std::size_t>(size_), MADV_HUGEPAGE);  // a refusal costs speed, nothing else
-#endif
+ReadProbe::ReadProbe(Index bytes) : buffer_((bytes + kPage - 1) / kPage * kPage) {
   // Written by all threads: pages go to the memory of whoever touches them first.
-  parallel_for(size_ / kPage, [this](Index page) { std::memset(data_ + page * kPage, 1, kPage); });
+  parallel_for(size() / kPage, [this](Index page) { std::memset(buffer_.data() + page * kPage, 1, kPage); });
 }
-
-ReadProbe::~ReadProbe() { ::operator delete(data_, std::align_val_t{kPage}); }
 
 double ReadProbe::rate(Index bytes, int threads) const {
   const Index share = std::max(kReadBlock, bytes / threads / kReadBlock * kReadBlock);
-  const Index readers = std::min<Index>(threads, size_ / share);
+  const Index readers = std::min<Index>(threads, size() / share);
   const ReadLoop loop = share >= kLargeShare ? widest_read_loop<true>() : widest_read_loop<false>();
   const auto read = [&](Index passes) {
     return seconds_of([&] {
@@ -181,7 +186,7 @@ double ReadProbe::rate(Index bytes, int threads) const {
           readers,
           [&](Index i) {
             alignas(64) unsigned out[16];
-            loop(data_ + i * share, share, passes, out);
+            loop(buffer_.data() + i * share, share, passes, out);
           },
           threads);
     });

@@ -25,6 +25,7 @@ struct PeakProbe {
   bool (*supported)();  // running it on a CPU without is an illegal instruction
   PeakLoop<float> f32;
   PeakLoop<double> f64;
+  PeakLoop<float> bf16 = {};  // dot products of bfloat16 pairs, added up in float32; run is null without them
 };
 
 // Widest first; the last one, "portable", runs everywhere.
@@ -38,19 +39,15 @@ double peak_rate(const PeakLoop<T>& loop, int threads, double seconds);
 class ReadProbe {
  public:
   explicit ReadProbe(Index bytes);  // throws std::bad_alloc
-  ReadProbe(const ReadProbe&) = delete;
-  ReadProbe& operator=(const ReadProbe&) = delete;
-  ~ReadProbe();
 
-  Index size() const { return size_; }
+  Index size() const { return buffer_.size(); }
 
   // Bytes per second of `threads` threads that read the first `bytes` (<= size()) again and again, each its own part;
   // the best of three measurements.  A buffer as large as what a layer reads is served from the same caches.
   double rate(Index bytes, int threads) const;
 
  private:
-  char* data_;
-  Index size_;
+  Buffer<char> buffer_;
 };
 
 }  // namespace numoe

@@ -68,9 +68,19 @@ def collect() -> dict[str, Any]:
         "build": _core.build_info(),
         "target": _core.target(),
         "targets": _core.targets(),
+        "bfloat16 dots": _bfloat16_dots(),
         "threads": _core.num_threads(),
         "cpus available": _core.available_cpus(),
     }
+
+
+def _bfloat16_dots() -> str:
+    """Whether packed bfloat16 layers are multiplied by the CPU's dot products."""
+    targets = [*_core.targets(), *_core.emulated_targets()]
+    if next(target["bfloat16_dots"] for target in targets if target["name"] == _core.target()):
+        return "used by packed layers"
+    here = any(target["bfloat16_dots"] and target["supported"] for target in _core.targets())
+    return "not used by this target" if here else "not on this CPU"
 
 
 def _installed() -> bool:
@@ -104,7 +114,7 @@ def show_versions() -> None:
                 state = (
                     "in use" if target["name"] == chosen else "available" if target["supported"] else "not on this CPU"
                 )
-                print(f"  {target['name']:<10} {state:<16} {target['description']}")
+                print(f"  {target['name']:<12} {state:<16} {target['description']}")
         elif isinstance(value, dict):
             print(f"{name + ':':<16}" + ", ".join(f"{key} {text}" for key, text in value.items()))
         else:

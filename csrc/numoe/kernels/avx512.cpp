@@ -1,15 +1,12 @@
 // AVX-512 (F, BW, DQ, VL): 64-byte vectors, 32 registers: 14 × 2 accumulators, 2 of B, 1 broadcast.
+#include "numoe/kernels/avx512.h"
+
 #include "numoe/kernels/elementwise.h"
 
 namespace numoe {
 
 extern const KernelTable avx512_table;
 const KernelTable avx512_table = {"avx512", "64-byte vectors and fused multiply-add (AVX-512 F, BW, DQ, VL)",
-                                  [] {
-                                    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-                                  },
-                                  make_kernels<float, 16, 14>(), make_kernels<double, 8, 14>()};
+                                  has_avx512, make_kernels<float, 16, 14>(), make_kernels<double, 8, 14>()};
 
 }  // namespace numoe

@@ -177,6 +177,8 @@ constexpr Kernels<T> make_kernels() {
                    .carrying_tile = Tile<T, N, R>::run_carrying,
                    .carry = carry<T, N>,
                    .tile_bf16 = nullptr,
+                   .tile_dot = nullptr,
+                   .round_pairs = nullptr,
                    .copy_panel = copy_panel<T, N>,
                    .widen = nullptr,
                    .widen_panel = nullptr,
@@ -194,6 +196,15 @@ constexpr Kernels<T> make_kernels() {
     table.widen = widen<N>;
     table.widen_panel = widen_panel<N>;
   }
+  return table;
+}
+
+// The float32 table of a target with dot products of bfloat16 pairs.
+template <int N, int R>
+constexpr Kernels<float> make_dot_kernels() {
+  Kernels<float> table = make_kernels<float, N, R>();
+  table.tile_dot = Tile<float, N, R>::run_dot;
+  table.round_pairs = round_pairs<N>;
   return table;
 }
 

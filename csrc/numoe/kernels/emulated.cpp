@@ -1,4 +1,4 @@
-// The shapes of avx512.cpp and avx2.cpp under baseline flags: the compiler cuts every wide vector into narrow ones.
+// The shapes of the wide targets under baseline flags: the compiler cuts every wide vector into narrow ones.
 #include "numoe/kernels/elementwise.h"
 
 namespace numoe {
@@ -8,7 +8,10 @@ bool everywhere() { return true; }
 
 }  // namespace
 
-extern const KernelTable emulated_avx512_table, emulated_avx2_table;
+extern const KernelTable emulated_avx512_bf16_table, emulated_avx512_table, emulated_avx2_table;
+const KernelTable emulated_avx512_bf16_table = {
+    "emulated-avx512_bf16", "the shapes of avx512_bf16 on the baseline's vectors, its dots number by number: for tests",
+    everywhere, make_dot_kernels<16, 14>(), make_kernels<double, 8, 14>()};
 const KernelTable emulated_avx512_table = {"emulated-avx512",
                                            "the shapes of avx512 on the baseline's vectors: for tests", everywhere,
                                            make_kernels<float, 16, 14>(), make_kernels<double, 8, 14>()};

@@ -87,6 +87,16 @@ struct Kernels {
   // an odd depth paired with 0; b_stride is ignored.  Absent for double.
   void (*tile_bf16)(Index rows, const TileArgs<T, bfloat16>&);
 
+  // Dot products of bfloat16 pairs.  A pair is two numbers in the 32 bits of a T, that of the even k in the lower half.
+  // Absent where the target has no instruction for them, and for double.
+  //
+  // The tile with pairs instead of numbers in a and b, so that depth counts pairs: a bfloat16 panel is such a b.  Each
+  // pair adds the product of its odd k, then that of its even k; subnormal numbers count as 0.
+  void (*tile_dot)(Index rows, const TileArgs<T>&);
+  // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16 like round_to_bfloat16; the last of an odd n is
+  // paired with 0.  Possibly in place.
+  void (*round_pairs)(Index n, T factor, const T* x, T* pairs);
+
   // Rows of W numbers, `stride` apart → a panel [depth][W].
   void (*copy_panel)(Index depth, const T* b, Index stride, T* panel);
   // Rows of n bfloat16 numbers in another type.  Absent for double.

@@ -8,6 +8,7 @@
 
 #include "numoe/kernels/kernels.h"
 #include "numoe/kernels/lanes.h"
+#include "numoe/kernels/pairs.h"
 
 namespace numoe {
 namespace {
@@ -23,17 +24,33 @@ inline T* forget(T* p) {
 // No load or store moves across: there are no registers to hold what is early.
 inline void in_order() { asm volatile("" ::: "memory"); }
 
+// What the elements of a and b are, and so what sum + a · b means.
+template <class T, int N>
+struct Numbers {
+  using V = Lanes<T, N>;
+  static inline V multiply_add(V sum, const T* a, V b) { return sum + *a * b; }
+};
+template <int N>
+struct Pairs {  // of bfloat16, in the 32 bits of a float
+  using V = Lanes<float, N>;
+  using Words = Lanes<std::uint32_t, N>;
+  static inline V multiply_add(V sum, const float* a, V b) {
+    return add_dots<N>(sum, Words{} + load<std::uint32_t>(a), reinterpret<Words>(b));
+  }
+};
+
 template <class T, int N, int R>
 struct Accumulators {
   using V = Lanes<T, N>;
   V left[R], right[R];
 
   // (+)= a · b for one k
+  template <class Elements = Numbers<T, N>>
   inline void multiply_add(const T* a, V b_left, V b_right) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      left[r] += a[r] * b_left;
-      right[r] += a[r] * b_right;
+      left[r] = Elements::multiply_add(left[r], a + r, b_left);
+      right[r] = Elements::multiply_add(right[r], a + r, b_right);
     }
   }
   inline void start(T* c, Index stride, Store how) {
@@ -71,7 +88,7 @@ inline void ask_near(const void* b, Index near) {
   if constexpr (bytes > Carry::line) __builtin_prefetch(p + Carry::line);
 }
 
-template <class T, int N, int R>
+template <class Elements, class T, int N, int R>
 void tile_of_height(const TileArgs<T>& args) {
   using V = Lanes<T, N>;
   const T *a = args.a, *b = args.b;
@@ -82,7 +99,7 @@ void tile_of_height(const TileArgs<T>& args) {
   for (Index k = args.depth; k > 0; --k, a += R, b += stride, ahead += step) {
     ask_near<2 * N * sizeof(T)>(b, near);
     __builtin_prefetch(ahead, 0, 2);
-    sums.multiply_add(a, load<V>(b), load<V>(b + N));
+    sums.template multiply_add<Elements>(a, load<V>(b), load<V>(b + N));
   }
   sums.finish(args.c, args.c_stride, args.store);
 }
@@ -204,7 +221,10 @@ void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
 template <class T, int N, int R>
 struct Tile {
   static void run(Index rows, const TileArgs<T>& args) {
-    heights(std::make_integer_sequence<int, R>{})[rows - 1](args);
+    heights<Numbers<T, N>>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+  }
+  static void run_dot(Index rows, const TileArgs<T>& args) {
+    heights<Pairs<N>>(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
   static void run_carrying(Index rows, const TileArgs<T>& args, Carry& carry) {
     const auto* functions = carry.past_caches ? carrying_heights<true>(std::make_integer_sequence<int, R>{})
@@ -219,9 +239,9 @@ struct Tile {
   using Function = void (*)(const TileArgs<T>&);
   using CarryingFunction = void (*)(const TileArgs<T>&, Carry&);
   using Bf16Function = void (*)(const TileArgs<float, bfloat16>&);
-  template <int... H>
+  template <class Elements, int... H>
   static const Function* heights(std::integer_sequence<int, H...>) {
-    static constexpr Function table[] = {tile_of_height<T, N, H + 1>...};
+    static constexpr Function table[] = {tile_of_height<Elements, T, N, H + 1>...};
     return table;
   }
   template <bool past_caches, int... H>

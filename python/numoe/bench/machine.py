@@ -35,9 +35,10 @@ class Machine:
     facts : dict
         CPU, target, versions, settings of the system.
     peaks : dict
-        Kind of vectors → {"1": FLOP/s on one thread, "n": FLOP/s on `threads`}, for all that the CPU has.
+        Kind of vectors → {"1": FLOP/s on one thread, "n": FLOP/s on `threads`}, for all that the CPU has.  For
+        bfloat16 that of its dot products, of float32 arithmetic where the vectors have none.
     peak_dtype : str
-        Of these peaks: that of the run, or float32 for bfloat16 without dot products of its own.
+        What `best_vectors` multiply: numbers of the run's dtype, or float32 for bfloat16 without dot products.
     read : dict
         "L2", "L3", "DRAM" → bytes per second, keyed alike.
     clean : bool
@@ -48,10 +49,13 @@ class Machine:
         self.dtype, self.threads, self.clean = dtype, threads, True
         self.facts = collect_facts(threads)
         self._buffer = _core.ReadProbe(DRAM_SIZE)
-        names: list[str] = [probe["name"] for probe in _core.peak_probes() if probe["supported"]]
-        self.peak_dtype = dtype if dtype != "bfloat16" or _has_bfloat16_probe(names) else "float32"
+        self._dtypes: dict[str, str] = {
+            probe["name"]: "float32" if dtype == "bfloat16" and not probe["bfloat16_dots"] else dtype
+            for probe in _core.peak_probes()
+            if probe["supported"]
+        }
         self.peaks = {
-            name: {"1": self._peak(name, 1, seconds), "n": self._peak(name, threads, seconds)} for name in names
+            name: {"1": self._peak(name, 1, seconds), "n": self._peak(name, threads, seconds)} for name in self._dtypes
         }
         sizes = {"L2": CACHE_SIZES["L2"] * threads, "L3": CACHE_SIZES["L3"], "DRAM": DRAM_SIZE}
         self.read = {
@@ -66,6 +70,11 @@ class Machine:
     def best_vectors(self) -> str:
         """The kind of vector that computes most: usually, not always, the widest."""
         return max((rates["n"], name) for name, rates in self.peaks.items())[1]
+
+    @property
+    def peak_dtype(self) -> str:
+        """See the class."""
+        return self._dtypes[self.best_vectors]
 
     @property
     def peak(self) -> float:
@@ -106,7 +115,7 @@ class Machine:
         best, clean = 0.0, False
         for _ in range(_ATTEMPTS):
             watch = Stopwatch()
-            rates = [_core.probe_peak(vectors, self.peak_dtype, threads, seconds) for _ in range(3)]
+            rates = [_core.probe_peak(vectors, self._dtypes[vectors], threads, seconds) for _ in range(3)]
             best, clean = max(best, *rates), watch.usage().clean()
             if clean:
                 break
@@ -115,14 +124,6 @@ class Machine:
 
     def _read(self, size: int, threads: int) -> float:
         return float(self._buffer.rate(size, threads))
-
-
-def _has_bfloat16_probe(names: list[str]) -> bool:
-    """Whether this build can measure bfloat16 dot products on this CPU."""
-    try:
-        return _core.probe_peak(names[0], "bfloat16", 1, 0.001) > 0
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+// Pairs of bfloat16 in the 32 bits of a float, that of the even k in the lower half: rounding to them, and their dots.
+#pragma once
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "numoe/kernels/lanes.h"
+
+namespace numoe {
+namespace {
+
+// pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to nearest, ties to even; NaN stays NaN (quiet).  The last
+// number of an odd n is paired with 0.  Possibly in place: a vector of pairs never reaches what is still to be read.
+template <int N>
+void round_pairs(Index n, float factor, const float* x, float* pairs) {
+  using Word = Lanes<std::uint32_t, N>;
+  char* const halves = reinterpret_cast<char*>(pairs);
+  for_lanes<N>(n, [=](Index i, int count) {
+    const Lanes<float, N> v = factor * load_some<float, N>(x + i, count);
+    const Word bits = reinterpret<Word>(v), upper = bits >> 16;
+    const Word rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+    const auto narrow = __builtin_convertvector(v == v ? rounded : upper | 0x40u, Lanes<std::uint16_t, N>);
+    __builtin_memcpy(halves + 2 * i, &narrow, 2 * static_cast<std::size_t>(count));
+  });
+  if (n % 2) __builtin_memset(halves + 2 * n, 0, 2);
+}
+
+// Zero, of the same sign, for subnormal numbers.
+inline float flushed(float v) {
+  constexpr float smallest = 0x1p-126f;
+  return -smallest < v && v < smallest ? __builtin_copysignf(0, v) : v;
+}
+inline float fused(float sum, float a, float b) {
+  return flushed(__builtin_fmaf(flushed(a), flushed(b), flushed(sum)));
+}
+
+// sum + a · b, pair by pair: VDPBF16PS.  Intel's Software Developer's Manual (volume 2, under that name) says what it
+// does in each lane: the product of the odd numbers is added first, then that of the even ones, each by a fused
+// multiply-add to nearest even, with subnormal numbers and results as 0, whatever MXCSR says.
+template <int N>
+inline Lanes<float, N> add_dots(Lanes<float, N> sum, Lanes<std::uint32_t, N> a, Lanes<std::uint32_t, N> b) {
+#ifdef __AVX512BF16__
+  if constexpr (N == 16) return _mm512_dpbf16_ps(sum, reinterpret<__m512bh>(a), reinterpret<__m512bh>(b));
+#endif
+  const auto odd = [](std::uint32_t pair) { return reinterpret<float>(pair & 0xffff0000u); };
+  const auto even = [](std::uint32_t pair) { return reinterpret<float>(pair << 16); };
+  for (int i = 0; i < N; ++i) {
+    sum[i] = fused(fused(sum[i], odd(a[i]), odd(b[i])), even(a[i]), even(b[i]));
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace numoe
