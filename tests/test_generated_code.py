@@ -100,8 +100,15 @@ REGISTERS = {  # and their bytes
     "portable": ("xmm", 16),
 }
 CARRYING = {None: "", "false": " while carrying", "true": " while streaming"}
-WEIGHTS = ("bfloat16", *(t + c for t, c in itertools.product(("float32", "float64"), CARRYING.values())))
+WEIGHTS = (
+    "bfloat16",
+    "bfloat16 rows",
+    *(t + c for t, c in itertools.product(("float32", "float64"), CARRYING.values())),
+)
 TILES = [*itertools.product(REGISTERS, WEIGHTS), ("avx512_bf16", "bfloat16 dots")]
+
+
+KINDS = {"Pairs<": "bfloat16 dots", "bfloat16": "bfloat16 rows", "double": "float64"}  # by template arguments
 
 
 @dataclass(frozen=True)
@@ -143,14 +150,10 @@ def tiles(target: str, weights: str) -> list[Tile]:
     for function in functions():
         match = TILE.match(function.name.removeprefix("void "))
         if match and function.file == f"{target}.cpp":
-            numbers = "bfloat16 dots" if "Pairs<" in match[2] else element_of(match[2])
+            numbers = next((kind for mark, kind in KINDS.items() if mark in match[2]), "float32")
             kind = "bfloat16" if match[1] else numbers + CARRYING[match[4]]
             found += [Tile(int(match[3]), function)] if kind == weights else []
     return sorted(found, key=lambda tile: tile.height)
-
-
-def element_of(arguments: str) -> str:
-    return "float64" if "double" in arguments else "float32"
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ class Backward : Pipeline<Compute<S>> {
 
   // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
   void down_backward(const ExpertRange& range, T* dh) {
-    Workspace<T, 3> dout(rows_of(range) * D_);
+    Workspace<T, 13> dout(rows_of(range) * D_);
     this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = this->columns_per_task(D_, F_, this->most_rows(range));
     this->for_pieces(

@@ -82,7 +82,7 @@ class Forward : Pipeline<T> {
   // cache.gate = x · w_gate + b_gate, cache.up = x · w_up + b_up, and
   // hidden = act(gate) * up, stored as row tiles for the next product; either may be absent
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
-    Workspace<T, 3> inputs(rows_of(range) * packed_size(D_));
+    Workspace<T, 13> inputs(rows_of(range) * packed_size(D_));
     this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data(), Weights::pairs);
     const Index block = this->columns_per_task(2 * D_, F_, this->most_rows(range));
     this->for_pieces(

@@ -176,7 +176,8 @@ Buffer<T>& kept_buffer() {
   return buffer;
 }
 
-// A task's scratch: at least `size` uninitialised numbers, until the task ends.
+// A task's scratch: at least `size` uninitialised numbers, until the task ends.  Slots: 0 a panel, 1 sums, 2 what is on its
+// way to a panel, 3 staged rows.
 template <class T, int Slot>
 T* scratch(Index size) {
   Buffer<T>& buffer = kept_buffer<T, Slot>();
@@ -187,7 +188,7 @@ T* scratch(Index size) {
   return buffer.data();
 }
 
-// A call's scratch, in slots of their own (3 and up).  The call owns the kept buffer while it runs - a signal handler may
+// A call's scratch, in slots of their own (4 and up).  The call owns the kept buffer while it runs - a signal handler may
 // call the library in its middle, on the same thread - and gives it back unless it is unusually large.
 template <class T, int Slot>
 class Workspace {

@@ -147,18 +147,22 @@ class RowMajor {
   void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
     constexpr Index rows_at_once = 16, next_panel = 128;
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
-    TileArgs<T> args{.c_stride = W_, .near = next_panel};
+    TileArgs<T, S> args{.c_stride = W_, .near = next_panel};
     for (Index k = 0; k < rows.depth; k += rows_at_once) {
       args.depth = std::min(rows_at_once, rows.depth - k);
       args.store = k == 0 ? store : Store::accumulate;
       for (Index p = 0; p < count; ++p) {
-        set_rows(args, j, count, p, k);
+        set_rows(args, j + p, k);
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
           args.a = rows.tile(i) + k * height;
           args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
           ask_along_the_row(args.ahead, j + p, k);
-          kernels<T>().tile(height, args);
+          if constexpr (std::is_same_v<S, T>) {
+            kernels<T>().tile(height, args);
+          } else {
+            kernels<T>().tile_narrow(height, args);
+          }
         }
       }
     }
@@ -167,30 +171,19 @@ class RowMajor {
  private:
   static constexpr Index staged_panels = 8;
 
-  // b = rows [k, k + depth) of panel j + p: in place, or padded, or in the type of the arithmetic.
-  void set_rows(TileArgs<T>& args, Index j, Index count, Index p, Index k) const {
-    const Index valid = std::min(W_, cols_ - (j + p) * W_);
-    const S* source = b_.row(k) + col_ + (j + p) * W_;
-    if constexpr (!std::is_same_v<S, T>) {
-      if (p == 0) widen_rows(j, count, k, args.depth);
-      args.b = scratch<T, 0>(args.depth * count * W_) + p * W_;
-      args.b_stride = count * W_;
-    } else if (valid == W_) {
-      args.b = source;
-      args.b_stride = b_.stride;
-    } else {
-      T* panel = scratch<T, 0>(args.depth * W_);
-      pack_panels(Operand<T>{source, b_.stride, 1}, args.depth, 0, valid, W_, panel);
-      args.b = panel;
-      args.b_stride = W_;
+  // b = rows [k, k + depth) of panel j: in place, or padded.
+  void set_rows(TileArgs<T, S>& args, Index j, Index k) const {
+    const Index valid = std::min(W_, cols_ - j * W_);
+    args.b = b_.row(k) + col_ + j * W_;
+    args.b_stride = b_.stride;
+    if (valid == W_) return;
+    S* const padded = scratch<S, 0>(args.depth * W_);
+    for (Index i = 0; i < args.depth; ++i) {
+      std::copy_n(args.b + i * b_.stride, valid, padded + i * W_);
+      std::fill_n(padded + i * W_ + valid, W_ - valid, S{});
     }
-  }
-  // Rows [k, k + depth) of panels [j, j + count) in the type of the arithmetic: [depth][count * W].
-  void widen_rows(Index j, Index count, Index k, Index depth) const {
-    const Index width = count * W_, valid = std::min(width, cols_ - j * W_);
-    T* wide = scratch<T, 0>(depth * width);
-    kernels<T>().widen(depth, valid, b_.row(k) + col_ + j * W_, b_.stride, wide, width);
-    for (Index i = 0; i < depth; ++i) std::fill_n(wide + i * width + valid, width - valid, T(0));
+    args.b = padded;
+    args.b_stride = W_;
   }
   void ask_along_the_row(Ahead& ahead, Index j, Index k) const {
     constexpr Index distance = 2048;  // bytes
@@ -335,10 +328,12 @@ struct BlockOfPanels {
   Panels<Source> panels;
   Index k = 0, first = 0;  // the block's first panel is panels.begin + first
 
-  Index count() const {
-    return panels.source ? std::min(panels.source->panels_in_block(panels.count), panels.count - first) : 0;
+  bool starts() const { return k == 0 && first == 0; }
+  Index count() const { return std::min(panels.source->panels_in_block(panels.count), panels.count - first); }
+  typename Source::Stage::Rows rows() const {
+    if (!panels.source) return {};
+    return panels.source->block(panels.begin + first, count(), k);
   }
-  auto block() const { return panels.source->block(panels.begin + first, count(), k); }
   // The block after this one, if k goes on to `depth`; else the first one of `next`.
   BlockOfPanels after(Index depth, Panels<Source> next) const {
     if (first + count() < panels.count) return {panels, k, first + count()};
@@ -355,14 +350,11 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
   const Index first = rows.tiles.begin(range.begin);
   const Index size = (rows.tiles.begin(range.end) - first) * kernel.tile_cols;
   TileArgs<T> args{.c_stride = kernel.tile_cols};
-  for (BlockOfPanels<Source> now{panels}; now.panels.source == panels.source && now.panels.begin == panels.begin;) {
+  BlockOfPanels<Source> now{panels};
+  do {
     const BlockOfPanels<Source> coming = now.after(rows.depth, next);
-    const auto* staged = stage.take(now.block());
-    if (coming.panels.source) {
-      stage.stage(coming.block(), now.count() * range.count());
-    } else {
-      stage.stage({}, 1);
-    }
+    const auto* staged = stage.take(now.rows());
+    stage.prepare(coming.rows(), now.count() * range.count());
     args.depth = std::min(Source::staged_depth, rows.depth - now.k);
     args.store = now.k == 0 ? store : Store::accumulate;
     for (Index p = 0; p < now.count(); ++p) {
@@ -375,7 +367,7 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
       }
     }
     now = coming;
-  }
+  } while (!now.starts());
 }
 
 // c (+)= rows · panels; c is [count][rows][W].  `next`: what the same rows are multiplied by afterwards, if anything.

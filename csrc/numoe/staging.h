@@ -1,8 +1,6 @@
 // Rows on their way through the caches: carried by the tiles of one product to where the next one, or nobody, reads them.
 #pragma once
 
-#include <cstring>
-
 #include "numoe/packing.h"
 
 namespace numoe {
@@ -41,7 +39,6 @@ struct Block {
   const S* data = nullptr;
   Index stride = 0, rows = 0, cols = 0, width = 0;
 
-  explicit operator bool() const { return data != nullptr; }
   bool operator==(const Block&) const = default;
 };
 
@@ -53,8 +50,9 @@ template <class S>
 class Stage {
  public:
   using T = Compute<S>;
+  using Rows = Block<S>;
   // For blocks of up to `rows` rows of `width` numbers.
-  Stage(Index rows, Index width) : size_(rows * pitch(width)), place_(scratch<S, 13>(2 * size_)) {}
+  Stage(Index rows, Index width) : size_(rows * pitch(width)), place_(scratch<S, 3>(2 * size_)) {}
 
   // Numbers from one staged row to the next.
   static Index pitch(Index width) {
@@ -64,7 +62,7 @@ class Stage {
 
   // The rows of `wanted`, pitch(width) apart, until the take after the next: staged before, or copied now.
   const S* take(const Block<S>& wanted) {
-    if (wanted != coming_) stage(wanted, 1);
+    if (wanted != coming_) prepare(wanted, 1);
     kernels<T>().carry(carriage_.rest());
     coming_ = {};
     S* const taken = place_ + side_ * size_;
@@ -73,7 +71,7 @@ class Stage {
     return taken;
   }
   // From now on, `tiles` tiles carry shares of `next`, which may be nothing.
-  void stage(const Block<S>& next, Index tiles) {
+  void prepare(const Block<S>& next, Index tiles) {
     constexpr Index lines_ahead = 64;
     const Index row_bytes = next.stride * static_cast<Index>(sizeof(S));
     const Index lines_in_row = next.cols * static_cast<Index>(sizeof(S)) / Carry::line;

@@ -177,6 +177,7 @@ constexpr Kernels<T> make_kernels() {
                    .carrying_tile = Tile<T, N, R>::run_carrying,
                    .carry = carry<T, N>,
                    .tile_bf16 = nullptr,
+                   .tile_narrow = nullptr,
                    .tile_dot = nullptr,
                    .round_pairs = nullptr,
                    .copy_panel = copy_panel<T, N>,
@@ -193,6 +194,7 @@ constexpr Kernels<T> make_kernels() {
                    .routing = make_routing_kernels<T, N>()};
   if constexpr (sizeof(T) == sizeof(float)) {
     table.tile_bf16 = Tile<T, N, R>::run_bf16;
+    table.tile_narrow = Tile<T, N, R>::run_narrow;
     table.widen = widen<N>;
     table.widen_panel = widen_panel<N>;
   }

@@ -86,6 +86,8 @@ struct Kernels {
   // The same with a bfloat16 panel, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
   // an odd depth paired with 0; b_stride is ignored.  Absent for double.
   void (*tile_bf16)(Index rows, const TileArgs<T, bfloat16>&);
+  // The same with rows of bfloat16 numbers, as a matrix has them.  Absent for double.
+  void (*tile_narrow)(Index rows, const TileArgs<T, bfloat16>&);
 
   // Dot products of bfloat16 pairs.  A pair is two numbers in the 32 bits of a T, that of the even k in the lower half.
   // Absent where the target has no instruction for them, and for double.

@@ -88,18 +88,29 @@ inline void ask_near(const void* b, Index near) {
   if constexpr (bytes > Carry::line) __builtin_prefetch(p + Carry::line);
 }
 
-template <class Elements, class T, int N, int R>
-void tile_of_height(const TileArgs<T>& args) {
-  using V = Lanes<T, N>;
-  const T *a = args.a, *b = args.b;
+// N numbers of b as lanes of the arithmetic.
+template <class T, int N>
+inline Lanes<T, N> wide(const T* b) {
+  return load<Lanes<T, N>>(b);
+}
+template <class T, int N>
+inline Lanes<float, N> wide(const bfloat16* b) {
+  const auto half = load<Lanes<std::uint16_t, N>>(b);
+  return reinterpret<Lanes<float, N>>(__builtin_convertvector(half, Lanes<std::uint32_t, N>) << 16);
+}
+
+template <class Elements, class T, class B, int N, int R>
+void tile_of_height(const TileArgs<T, B>& args) {
+  const T* a = args.a;
+  const B* b = args.b;
   const Index stride = args.b_stride, near = args.near, step = args.ahead.step;
   const char* ahead = static_cast<const char*>(args.ahead.at);
   Accumulators<T, N, R> sums;
   sums.start(args.c, args.c_stride, args.store);
   for (Index k = args.depth; k > 0; --k, a += R, b += stride, ahead += step) {
-    ask_near<2 * N * sizeof(T)>(b, near);
+    ask_near<2 * N * sizeof(B)>(b, near);
     __builtin_prefetch(ahead, 0, 2);
-    sums.template multiply_add<Elements>(a, load<V>(b), load<V>(b + N));
+    sums.template multiply_add<Elements>(a, wide<T, N>(b), wide<T, N>(b + N));
   }
   sums.finish(args.c, args.c_stride, args.store);
 }
@@ -221,10 +232,13 @@ void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
 template <class T, int N, int R>
 struct Tile {
   static void run(Index rows, const TileArgs<T>& args) {
-    heights<Numbers<T, N>>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+    heights<Numbers<T, N>, T>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+  }
+  static void run_narrow(Index rows, const TileArgs<T, bfloat16>& args) {
+    heights<Numbers<T, N>, bfloat16>(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
   static void run_dot(Index rows, const TileArgs<T>& args) {
-    heights<Pairs<N>>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+    heights<Pairs<N>, T>(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
   static void run_carrying(Index rows, const TileArgs<T>& args, Carry& carry) {
     const auto* functions = carry.past_caches ? carrying_heights<true>(std::make_integer_sequence<int, R>{})
@@ -236,12 +250,12 @@ struct Tile {
   }
 
  private:
-  using Function = void (*)(const TileArgs<T>&);
+  template <class B>
+  using Function = void (*)(const TileArgs<T, B>&);
   using CarryingFunction = void (*)(const TileArgs<T>&, Carry&);
-  using Bf16Function = void (*)(const TileArgs<float, bfloat16>&);
-  template <class Elements, int... H>
-  static const Function* heights(std::integer_sequence<int, H...>) {
-    static constexpr Function table[] = {tile_of_height<Elements, T, N, H + 1>...};
+  template <class Elements, class B, int... H>
+  static const Function<B>* heights(std::integer_sequence<int, H...>) {
+    static constexpr Function<B> table[] = {tile_of_height<Elements, T, B, N, H + 1>...};
     return table;
   }
   template <bool past_caches, int... H>
@@ -250,8 +264,8 @@ struct Tile {
     return table;
   }
   template <int... H>
-  static const Bf16Function* bf16_heights(std::integer_sequence<int, H...>) {
-    static constexpr Bf16Function table[] = {tile_bf16_of_height<N, H + 1>...};
+  static const Function<bfloat16>* bf16_heights(std::integer_sequence<int, H...>) {
+    static constexpr Function<bfloat16> table[] = {tile_bf16_of_height<N, H + 1>...};
     return table;
   }
 };
