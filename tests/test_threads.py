@@ -295,7 +295,7 @@ def test_set_num_threads_overrules_the_environment() -> None:
 
 
 def test_targets_are_listed_and_one_of_them_is_used() -> None:
-    targets = {t["name"]: t["supported"] for t in numoe._core.targets()}
+    targets = {t["name"]: t["supported"] for t in [*numoe._core.targets(), *numoe._core.emulated_targets()]}
     assert targets["portable"] and targets[numoe._core.target()]
 
 
