@@ -27,12 +27,19 @@ void round_pairs(Index n, float factor, const float* x, float* pairs) {
 }
 
 // Zero, of the same sign, for subnormal numbers.
-inline float flushed(float v) {
-  constexpr float smallest = 0x1p-126f;
-  return -smallest < v && v < smallest ? __builtin_copysignf(0, v) : v;
+template <int N>
+inline Lanes<float, N> flushed(Lanes<float, N> v) {
+  using Word = Lanes<std::uint32_t, N>;
+  const Word bits = reinterpret<Word>(v);
+  return reinterpret<Lanes<float, N>>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
 }
-inline float fused(float sum, float a, float b) {
-  return flushed(__builtin_fmaf(flushed(a), flushed(b), flushed(sum)));
+
+// sum + a · b, rounded once, for a and b of 8 bits.  In double the product is exact, and the sum too, unless one summand
+// is so small beside the other that both ways give that other one.
+template <int N>
+inline Lanes<float, N> fused(Lanes<float, N> sum, Lanes<float, N> a, Lanes<float, N> b) {
+  const auto wide = [](auto v) { return __builtin_convertvector(flushed<N>(v), Lanes<double, N>); };
+  return flushed<N>(__builtin_convertvector(wide(sum) + wide(a) * wide(b), Lanes<float, N>));
 }
 
 // sum + a · b, pair by pair: VDPBF16PS.  Intel's Software Developer's Manual (volume 2, under that name) says what it
@@ -40,15 +47,12 @@ inline float fused(float sum, float a, float b) {
 // multiply-add to nearest even, with subnormal numbers and results as 0, whatever MXCSR says.
 template <int N>
 inline Lanes<float, N> add_dots(Lanes<float, N> sum, Lanes<std::uint32_t, N> a, Lanes<std::uint32_t, N> b) {
+  using V = Lanes<float, N>;
 #ifdef __AVX512BF16__
   if constexpr (N == 16) return _mm512_dpbf16_ps(sum, reinterpret<__m512bh>(a), reinterpret<__m512bh>(b));
 #endif
-  const auto odd = [](std::uint32_t pair) { return reinterpret<float>(pair & 0xffff0000u); };
-  const auto even = [](std::uint32_t pair) { return reinterpret<float>(pair << 16); };
-  for (int i = 0; i < N; ++i) {
-    sum[i] = fused(fused(sum[i], odd(a[i]), odd(b[i])), even(a[i]), even(b[i]));
-  }
-  return sum;
+  sum = fused<N>(sum, reinterpret<V>(a & 0xffff0000u), reinterpret<V>(b & 0xffff0000u));
+  return fused<N>(sum, reinterpret<V>(a << 16), reinterpret<V>(b << 16));
 }
 
 }  // namespace
