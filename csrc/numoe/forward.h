@@ -120,9 +120,8 @@ class Forward : Pipeline<T> {
     for_passes(x.tiles, [&](TileRange pass) {
       const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
       const Index at_once = up.panels_at_once(pass.count());
-      T* pre = scratch<T, 1>((glu ? 3 : 2) * at_once * size);
-      T* h = pre + at_once * size;
-      T* linear = glu ? h + at_once * size : nullptr;
+      T* pre = scratch<T, 1>((glu ? 2 : 1) * at_once * size);
+      T* linear = glu ? pre + at_once * size : nullptr;
       for (Index j = 0; j < up.count(); j += at_once) {
         const auto now = some_panels(gate, j, at_once), beside = some_panels(up, j, at_once);
         const auto later = some_panels(gate, j + at_once, at_once);
@@ -136,6 +135,7 @@ class Forward : Pipeline<T> {
           if (glu) finish(e, col + panel_col, first, {linear + p * size, height, valid, W_}, bias_.up, cache.up);
         }
         if (!hidden) continue;
+        T* const h = pre;
         kernel_.activate(options_.activation, count * size, pre, linear, h);
         for (Index p = 0; p < count; ++p) {
           const Index panel_col = (j + p) * W_;

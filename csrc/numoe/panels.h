@@ -109,24 +109,27 @@ class PackedPanels {
 // Columns [col, col + cols) of a row-major matrix.  S: its type; T: that of the arithmetic.
 //
 // Memory is fast only along rows.  So some rows are walked through several panels before the next ones come, and the sums
-// of these panels wait in c.  Few tiles read the matrix where it is, more of them from a stage.
+// of these panels wait in c.  Few tiles read the matrix where it is, more of them from a stage: wide blocks while memory
+// sets the pace, deep ones, which read and write the sums less often, for many tiles.
 template <class T, class S>
 class RowMajor {
  public:
   using Stage = numoe::Stage<S>;
-  static constexpr Index staged_depth = 128;
 
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index tiles) const { return few(tiles) ? count() : std::min(staged_panels, count()); }
+  Index panels_at_once(Index tiles) const { return few(tiles) ? count() : std::min(count(), many(tiles) ? 2 : wide); }
   Index panels_in_block(Index panels) const { return panels; }
-  Stage stage() const { return {staged_depth, staged_panels * W_}; }
+  Index depth_of_block(Index tiles) const { return many(tiles) ? 4 * wide_depth : wide_depth; }
+  Stage stage() const {
+    return Stage(std::max(wide_depth * Stage::pitch(wide * W_), 4 * wide_depth * Stage::pitch(2 * W_)));
+  }
 
-  // Rows [k, k + staged_depth) of panels [j, j + count).
-  Block<S> block(Index j, Index count, Index k) const {
+  // Rows [k, k + depth) of panels [j, j + count).
+  Block<S> block(Index j, Index count, Index k, Index depth) const {
     const Index cols = std::min(count * W_, cols_ - j * W_);
-    return {b_.row(k) + col_ + j * W_, b_.stride, std::min(staged_depth, b_.rows - k), cols, count * W_};
+    return {b_.row(k) + col_ + j * W_, b_.stride, std::min(depth, b_.rows - k), cols, count * W_};
   }
   // Panel j + p of the staged block of panels [j, j + count) as a tile's b.
   void set_panel(TileArgs<T>& args, const S* staged, Index, Index count, Index p) const {
@@ -136,9 +139,9 @@ class RowMajor {
       args.b = staged + p * W_;
       args.b_stride = pitch;
     } else {
-      T* wide = scratch<T, 0>(staged_depth * W_);
-      kernels<T>().widen(args.depth, W_, staged + p * W_, pitch, wide, W_);
-      args.b = wide;
+      T* widened = scratch<T, 0>(args.depth * W_);
+      kernels<T>().widen(args.depth, W_, staged + p * W_, pitch, widened, W_);
+      args.b = widened;
       args.b_stride = W_;
     }
   }
@@ -169,7 +172,8 @@ class RowMajor {
   }
 
  private:
-  static constexpr Index staged_panels = 8;
+  static constexpr Index wide = 8, wide_depth = 128;  // panels, rows
+  static bool many(Index tiles) { return tiles > 12; }
 
   // b = rows [k, k + depth) of panel j: in place, or padded.
   void set_rows(TileArgs<T, S>& args, Index j, Index k) const {
@@ -201,19 +205,19 @@ template <class T, class S>
 class Transposed {
  public:
   using Stage = numoe::Stage<S>;
-  static constexpr Index staged_depth = 512;
 
   Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
   Index panels_at_once(Index) const { return std::min(Index{8}, count()); }
   Index panels_in_block(Index) const { return 1; }
-  Stage stage() const { return {W_, staged_depth}; }
+  Index depth_of_block(Index) const { return block_depth; }
+  Stage stage() const { return Stage(W_ * Stage::pitch(block_depth)); }
 
-  // k [k, k + staged_depth) of panel j.
-  Block<S> block(Index j, Index, Index k) const {
-    const Index depth = std::min(staged_depth, b_.cols - k);
-    return {b_.row(col_ + j * W_) + k, b_.stride, std::min(W_, cols_ - j * W_), depth, depth};
+  // k [k, k + depth) of panel j.
+  Block<S> block(Index j, Index, Index k, Index depth) const {
+    const Index here = std::min(depth, b_.cols - k);
+    return {b_.row(col_ + j * W_) + k, b_.stride, std::min(W_, cols_ - j * W_), here, here};
   }
   void set_panel(TileArgs<T>& args, const S* staged, Index j, Index, Index) const {
     const Index pitch = Stage::pitch(args.depth), valid = std::min(W_, cols_ - j * W_);
@@ -225,7 +229,7 @@ class Transposed {
       kernels<T>().widen(valid, args.depth, staged, pitch, wide, pitch);
       rows = wide;
     }
-    T* panel = scratch<T, 0>(staged_depth * W_);
+    T* panel = scratch<T, 0>(block_depth * W_);
     kernels<T>().transpose_rows(args.depth, valid, rows, pitch, panel);
     args.b = panel;
     args.b_stride = W_;
@@ -237,8 +241,8 @@ class Transposed {
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
     TileArgs<T> args{.b_stride = W_, .c_stride = W_};
     for (Index p = 0; p < count; ++p) {
-      for (Index k = 0; k < rows.depth; k += staged_depth) {
-        args.depth = std::min(staged_depth, rows.depth - k);
+      for (Index k = 0; k < rows.depth; k += block_depth) {
+        args.depth = std::min(block_depth, rows.depth - k);
         args.store = k == 0 ? store : Store::accumulate;
         args.b = panel(j + p, k, args.depth);
         args.ahead.at = args.b;
@@ -322,23 +326,24 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
   }
 }
 
-// The blocks in which staged panels are multiplied: along k, and at each k some panels after the other.
+// The blocks in which staged panels are multiplied: `depth` numbers along k, and at each k some panels after the other.
 template <class Source>
 struct BlockOfPanels {
   Panels<Source> panels;
+  Index depth;
   Index k = 0, first = 0;  // the block's first panel is panels.begin + first
 
   bool starts() const { return k == 0 && first == 0; }
   Index count() const { return std::min(panels.source->panels_in_block(panels.count), panels.count - first); }
   typename Source::Stage::Rows rows() const {
     if (!panels.source) return {};
-    return panels.source->block(panels.begin + first, count(), k);
+    return panels.source->block(panels.begin + first, count(), k, depth);
   }
-  // The block after this one, if k goes on to `depth`; else the first one of `next`.
-  BlockOfPanels after(Index depth, Panels<Source> next) const {
-    if (first + count() < panels.count) return {panels, k, first + count()};
-    if (k + Source::staged_depth < depth) return {panels, k + Source::staged_depth, 0};
-    return {next};
+  // The block after this one, if k goes on to `end`; else the first one of `next`.
+  BlockOfPanels after(Index end, Panels<Source> next) const {
+    if (first + count() < panels.count) return {panels, depth, k, first + count()};
+    if (k + depth < end) return {panels, depth, k + depth, 0};
+    return {next, depth};
   }
 };
 
@@ -350,12 +355,12 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
   const Index first = rows.tiles.begin(range.begin);
   const Index size = (rows.tiles.begin(range.end) - first) * kernel.tile_cols;
   TileArgs<T> args{.c_stride = kernel.tile_cols};
-  BlockOfPanels<Source> now{panels};
+  BlockOfPanels<Source> now{panels, panels.source->depth_of_block(range.count())};
   do {
     const BlockOfPanels<Source> coming = now.after(rows.depth, next);
     const auto* staged = stage.take(now.rows());
     stage.prepare(coming.rows(), now.count() * range.count());
-    args.depth = std::min(Source::staged_depth, rows.depth - now.k);
+    args.depth = std::min(now.depth, rows.depth - now.k);
     args.store = now.k == 0 ? store : Store::accumulate;
     for (Index p = 0; p < now.count(); ++p) {
       panels.source->set_panel(args, staged, panels.begin + now.first, now.count(), p);
@@ -376,7 +381,7 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
                      Panels<Source> next, Store store, T* c) {
   const Index width = kernels<T>().tile_cols;
   const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
-  if constexpr (requires { Source::staged_depth; }) {
+  if constexpr (requires { &Source::depth_of_block; }) {
     if (few(range.count())) {
       return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, store, c);
     }

@@ -51,8 +51,8 @@ class Stage {
  public:
   using T = Compute<S>;
   using Rows = Block<S>;
-  // For blocks of up to `rows` rows of `width` numbers.
-  Stage(Index rows, Index width) : size_(rows * pitch(width)), place_(scratch<S, 3>(2 * size_)) {}
+  // For blocks of up to `size` numbers, counting rows by their pitch.
+  explicit Stage(Index size) : size_(size), place_(scratch<S, 3>(2 * size_)) {}
 
   // Numbers from one staged row to the next.
   static Index pitch(Index width) {

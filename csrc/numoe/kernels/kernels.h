@@ -115,7 +115,7 @@ struct Kernels {
 
   void (*stream_end)();  // after the last Store::stream, before anybody else may read
 
-  // h = act(pre) * linear; linear == nullptr: h = act(pre).
+  // h = act(pre) * linear, possibly in place; linear == nullptr: h = act(pre).
   void (*activate)(Activation, Index n, const T* pre, const T* linear, T* h);
   // The adjoint of weight * h, and that product again in h: dpre = weight * dh * act'(pre) * linear,
   // dlinear = weight * dh * act(pre).  Returns ⟨dh, act(pre) * linear⟩.  dh may be one of the outputs.
