@@ -50,6 +50,7 @@ def valid_calls() -> dict[str, list[Any]]:
     capacities, mask = np.array([[0, 2, 1], [2, T, 3]]), np.ones(T, bool)
     narrow = {n: v if n == "w_router" else v.astype("bfloat16").view(np.uint16) for n, v in layer.params.items()}
     return {
+        "line_aligned_zeros": [(2, 3), np.dtype("f4")],
         "router_logits": [X, w, w[0]],
         "router_logits_backward": [LOGITS, X, w],
         "route": [LOGITS, chosen, w[0], mask],

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -31,8 +32,13 @@ namespace py = pybind11;
 // only whole lines can be stored past the caches.
 inline py::array line_aligned(const char* make, const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
   constexpr Index line = 64;
+  if (dtype.attr("hasobject").cast<bool>()) throw py::type_error("dtype must not hold objects");
   Index bytes = dtype.itemsize();
-  for (const py::ssize_t size : shape) bytes = checked_product(bytes, size);
+  for (const py::ssize_t size : shape) {
+    if (size < 0) throw py::value_error("shape must not be negative");
+    bytes = checked_product(bytes, size);
+  }
+  if (bytes > std::numeric_limits<Index>::max() - line) throw std::length_error("array size overflows 64 bits");
   const py::array memory = py::module_::import("numpy").attr(make)(bytes + line, "u1");
   const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
   return py::array(dtype, shape, reinterpret_cast<const void*>((address + line - 1) / line * line), memory);
