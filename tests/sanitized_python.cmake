@@ -26,6 +26,7 @@ else()
   set(chosen
     test_kernels.py
     test_packed.py
+    test_backward_options.py::test_large_matrices_give_the_bits_of_small_steps
     test_dispatch.py
     test_errors.py
     test_fuzz.py
