@@ -124,7 +124,7 @@ class Forward : Pipeline<T> {
       T* linear = glu ? pre + at_once * size : nullptr;
       for (Index j = 0; j < up.count(); j += at_once) {
         const auto now = some_panels(gate, j, at_once), beside = some_panels(up, j, at_once);
-        const auto later = some_panels(gate, j + at_once, at_once);
+        const auto later = panels_after(gate, j, at_once, pass.end < x.tiles.count());
         const Index count = now.count;
         multiply_panels(stage, x, pass, now, glu ? beside : later, Store::overwrite, pre);
         if (glu) multiply_panels(stage, x, pass, beside, later, Store::overwrite, linear);

@@ -52,6 +52,12 @@ Panels<Source> some_panels(const Source& source, Index begin, Index at_once) {
   const Index end = std::min(begin + at_once, source.count());
   return begin < end ? Panels<Source>{&source, begin, end - begin} : Panels<Source>{};
 }
+// Those after panel `j`'s; after the last ones the first ones, if they come `again`.
+template <class Source>
+Panels<Source> panels_after(const Source& source, Index j, Index at_once, bool again) {
+  const bool last = j + at_once >= source.count();
+  return some_panels(source, last && again ? 0 : j + at_once, at_once);
+}
 
 // What the tiles of a block ask for: tile i < tiles from begin + i * per_tile on, `per_k` bytes further for each k.
 struct NextBlock {

@@ -115,12 +115,14 @@ class Pipeline {
     for_passes(row_tiles, [&](TileRange pass) {
       const Index row = row_tiles.begin(pass.begin), height = row_tiles.begin(pass.end) - row;
       const Index at_once = term->source.panels_at_once(pass.count());
+      const bool again = pass.end < row_tiles.count();
       T* sums = scratch<T, 1>(at_once * height * W_);
       for (Index j = 0; j * W_ < cols; j += at_once) {
         for (std::size_t i = 0; i < terms.size(); ++i) {
           const bool last = i + 1 == terms.size();
           const auto now = some_panels(term[i].source, j, at_once);
-          const auto next = some_panels(term[last ? 0 : i + 1].source, last ? j + at_once : j, at_once);
+          const auto next =
+              last ? panels_after(term->source, j, at_once, again) : some_panels(term[i + 1].source, j, at_once);
           multiply_panels(stage, term[i].rows, pass, now, next, i == 0 ? Store::overwrite : Store::accumulate, sums);
         }
         for (Index p = 0; p < at_once && (j + p) * W_ < cols; ++p) {
