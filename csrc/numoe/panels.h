@@ -125,11 +125,15 @@ class RowMajor {
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index tiles) const { return few(tiles) ? count() : std::min(count(), many(tiles) ? 2 : wide); }
+  Index panels_at_once(Index tiles) const {
+    if (few(tiles)) return count();
+    return std::min(count(), (many(tiles) ? deep : wide) / (W_ * static_cast<Index>(sizeof(T))));
+  }
   Index panels_in_block(Index panels) const { return panels; }
-  Index depth_of_block(Index tiles) const { return many(tiles) ? 4 * wide_depth : wide_depth; }
+  Index depth_of_block(Index tiles) const { return many(tiles) ? deep_depth : wide_depth; }
   Stage stage() const {
-    return Stage(std::max(wide_depth * Stage::pitch(wide * W_), 4 * wide_depth * Stage::pitch(2 * W_)));
+    constexpr Index number = sizeof(T);
+    return Stage(std::max(wide_depth * Stage::pitch(wide / number), deep_depth * Stage::pitch(deep / number)));
   }
 
   // Rows [k, k + depth) of panels [j, j + count).
@@ -178,8 +182,8 @@ class RowMajor {
   }
 
  private:
-  static constexpr Index wide = 8, wide_depth = 128;  // panels, rows
-  static bool many(Index tiles) { return tiles > 12; }
+  static constexpr Index wide = 1024, wide_depth = 128, deep = 256, deep_depth = 512;  // bytes of panels' rows, rows
+  static bool many(Index tiles) { return tiles * kernels<T>().tile_rows > 168; }
 
   // b = rows [k, k + depth) of panel j: in place, or padded.
   void set_rows(TileArgs<T, S>& args, Index j, Index k) const {
