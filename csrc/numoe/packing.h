@@ -162,7 +162,7 @@ void pack_bf16_panel(MatrixView<const S> b, Index col, Index width, bfloat16* pa
 
 // How many columns of a (depth, cols) operand one task multiplies `rows` rows by: few enough that `tasks` tasks have work
 // and that a task ends soon (Ctrl-C waits for it), but whole panels.  This never changes a result, only who computes it.
-constexpr Index max_task_work = 80'000'000;  // multiply-adds: some 20 ms on 16-byte vectors
+constexpr Index max_task_work = 320'000'000;  // multiply-adds: some 20 ms on 16-byte vectors
 inline Index column_block(Index depth, Index cols, Index width, Index tasks, Index rows) {
   const Index soon = max_task_work / std::max<Index>(1, depth * rows);
   const Index shared = (cols + tasks - 1) / tasks;

@@ -92,8 +92,8 @@ class Pipeline {
   // Columns of a product that one task computes.  With many rows several tasks per thread: whoever is held up leaves some
   // to the others.  With few, a thread's columns stay together, as memory likes it.
   Index columns_per_task(Index depth, Index cols, Index rows) const {
-    const Index tasks_per_thread = rows > 2 * kernel_.tile_rows ? 4 : 1;
-    return column_block(depth, cols, W_, tasks_per_thread * num_threads(), rows);
+    const Index threads = num_threads(), tasks_per_thread = threads > 1 && rows > 2 * kernel_.tile_rows ? 4 : 1;
+    return column_block(depth, cols, W_, tasks_per_thread * threads, rows);
   }
 
   // body(tiles) for as many tiles at a time as their sums fit a cache beside the panel.
