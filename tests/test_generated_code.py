@@ -91,7 +91,7 @@ def functions() -> tuple[Function, ...]:
 
 
 TILE = re.compile(  # the last number is the height; of tiles that carry lines: past the caches or not
-    r"numoe::\(anonymous namespace\)::(?:carrying_)?tile(_bf16)?_of_height<(.*), (\d+)(?:, (true|false))?>\("
+    r"numoe::\(anonymous namespace\)::(?:carrying_|(sweeping_))?tile(_bf16)?_of_height<(.*), (\d+)(?:, (true|false))?>\("
 )
 REGISTERS = {  # and their bytes
     "avx512_bf16": ("zmm", 64),
@@ -100,10 +100,11 @@ REGISTERS = {  # and their bytes
     "portable": ("xmm", 16),
 }
 CARRYING = {None: "", "false": " while carrying", "true": " while streaming"}
+SWEEPING = " while sweeping"
 WEIGHTS = (
     "bfloat16",
     "bfloat16 rows",
-    *(t + c for t, c in itertools.product(("float32", "float64"), CARRYING.values())),
+    *(t + c for t, c in itertools.product(("float32", "float64"), (*CARRYING.values(), SWEEPING))),
 )
 TILES = [*itertools.product(REGISTERS, WEIGHTS), ("avx512_bf16", "bfloat16 dots")]
 
@@ -150,9 +151,10 @@ def tiles(target: str, weights: str) -> list[Tile]:
     for function in functions():
         match = TILE.match(function.name.removeprefix("void "))
         if match and function.file == f"{target}.cpp":
-            numbers = next((kind for mark, kind in KINDS.items() if mark in match[2]), "float32")
-            kind = "bfloat16" if match[1] else numbers + CARRYING[match[4]]
-            found += [Tile(int(match[3]), function)] if kind == weights else []
+            sweeping, bf16, arguments, height, past_caches = match.groups()
+            numbers = next((kind for mark, kind in KINDS.items() if mark in arguments), "float32")
+            kind = "bfloat16" if bf16 else numbers + (SWEEPING if sweeping else CARRYING[past_caches])
+            found += [Tile(int(height), function)] if kind == weights else []
     return sorted(found, key=lambda tile: tile.height)
 
 

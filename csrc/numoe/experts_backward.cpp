@@ -150,7 +150,7 @@ class Backward : Pipeline<Compute<S>> {
   void outer_products(const ExpertRange& range, Left left, Index m, Right right, Index n, Tensor3View<T> dw) {
     constexpr Index large = Index{8} << 20;  // bytes that would only push useful things out of the caches
     const bool streams = dw.count * m * n * static_cast<Index>(sizeof(T)) > large;
-    const Store store = grads_.store == GradStore::accumulate ? Store::accumulate
+    const Store store = grads_.store == GradStore::accumulate ? Store::add
                         : streams                             ? Store::stream
                                                               : Store::overwrite;
     const Index padded = num_panels(n, W_) * W_, cols_at_once = 8 * W_;

@@ -13,6 +13,36 @@ bool whole_lines(MatrixView<T> c) {
          c.cols * number % Carry::line == 0;
 }
 
+// Whether a tile's sums are better carried to memory by the next one.  They leave in a burst: as few lines as a core has
+// under way at once do not hold up what comes after them, more do, unless one goes with every two k's.
+template <class T>
+bool tiles_should_carry(Index depth) {
+  constexpr Index lines_under_way = 12;
+  const Index row_bytes = kernels<T>().tile_cols * static_cast<Index>(sizeof(T));
+  const Index lines = kernels<T>().tile_rows * row_bytes / Carry::line;
+  return lines > lines_under_way && row_bytes % Carry::line == 0 && depth >= 2 * lines;
+}
+
+// The tiles of `range` times all whole panels → c.  Each tile passes over as many panels as stay in a cache, so that rows
+// of c are written in long runs.
+template <class T>
+void sweep_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, Store store, MatrixView<T> c) {
+  constexpr Index cache = Index{128} << 10;  // bytes
+  const Kernels<T>& kernel = kernels<T>();
+  const Index width = kernel.tile_cols, count = c.cols / width, size = rows.depth * width;
+  const Index at_once = std::max<Index>(1, cache / (std::max<Index>(1, size) * static_cast<Index>(sizeof(T))));
+  TileArgs<T> args{.depth = rows.depth, .c_stride = c.stride, .store = store};
+  for (Index j = 0; j < count; j += at_once) {
+    args.b = panels + j * size;
+    for (Index i = range.begin; i < range.end; ++i) {
+      args.a = rows.tile(i);
+      args.c = c.row(rows.tiles.begin(i)) + j * width;
+      kernel.sweeping_tile(rows.tiles.height(i), args, std::min(at_once, count - j));
+    }
+  }
+  if (store == Store::stream) kernel.stream_end();
+}
+
 // c = rows · panels past the caches: the tiles of a panel carry the sums of the panel before to c.
 template <class T>
 void stream_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, T* sums, MatrixView<T> c) {
@@ -56,33 +86,23 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);
   const PackedRows<T> rows{packed - first * depth, tiles, depth};
-  const bool past_caches = store == Store::stream && whole_lines(c);
-  const Index row_bytes = width * static_cast<Index>(sizeof(T)), tile_bytes = kernel.tile_rows * row_bytes;
-  const bool tiles_can_carry = row_bytes % Carry::line == 0 && depth >= 2 * tile_bytes / Carry::line;  // a line per 2 k
-  if (past_caches && tiles_can_carry) {
+  if (store == Store::stream && !whole_lines(c)) store = Store::overwrite;
+  if (store == Store::stream && tiles_should_carry<T>(depth)) {
     return stream_tiles(rows, range, b_panels, sums, c.row_range(first, first + height));
   }
-  const bool streams = past_caches && depth <= block_depth;
-  const Index count = num_panels(c.cols, width);
-  const PackedPanels<T, T> panels(b_panels, depth * width, count, b_panels);
-  for (Index j = 0; j < count; ++j) {
-    const Index valid = std::min(width, c.cols - j * width);
-    T* target = c.row(first) + j * width;
-    if (valid == width && store != Store::accumulate) {
-      multiply_panel(rows, range, panels, j, streams ? Store::stream : Store::overwrite, target, c.stride);
-      continue;
-    }
-    multiply_panel(rows, range, panels, j, Store::overwrite, sums, width);
-    for (Index r = 0; r < height; ++r) {
-      T* row = target + r * c.stride;
-      if (store == Store::accumulate) {  // the whole sum is added: as if the caller had done it
-        kernel.axpy(valid, T(1), sums + r * width, row);
-      } else {
-        std::copy_n(sums + r * width, valid, row);
-      }
+  sweep_tiles(rows, range, b_panels, store, c);
+  const Index whole = c.cols / width, rest = c.cols % width;
+  if (rest == 0) return;
+  sweep_tiles(rows, range, b_panels + whole * depth * width, Store::overwrite,
+              {sums - first * width, tiles.begin(range.end), width, width});
+  for (Index r = 0; r < height; ++r) {
+    T* const row = c.row(first + r) + whole * width;
+    if (store == Store::add) {
+      kernel.axpy(rest, T(1), sums + r * width, row);
+    } else {
+      std::copy_n(sums + r * width, rest, row);
     }
   }
-  if (streams) kernel.stream_end();
 }
 
 template <class T>

@@ -11,8 +11,8 @@ namespace numoe {
 template <class T>
 void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T> c);
 
-// The serial part of a product whose b is packed: the row tiles of `range` times all panels → c.  Store::stream where
-// c's rows consist of whole cache lines and are not read soon.
+// The serial part of a product whose b is packed: the row tiles of `range` times all panels → c, which is overwritten,
+// added to, or streamed where its rows consist of whole cache lines.
 template <class T>
 void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, const T* b_panels,
                     Store store, MatrixView<T> c);

@@ -174,6 +174,7 @@ constexpr Kernels<T> make_kernels() {
   Kernels<T> table{.tile_rows = R,
                    .tile_cols = 2 * N,
                    .tile = Tile<T, N, R>::run,
+                   .sweeping_tile = Tile<T, N, R>::run_sweeping,
                    .carrying_tile = Tile<T, N, R>::run_carrying,
                    .carry = carry<T, N>,
                    .tile_bf16 = nullptr,

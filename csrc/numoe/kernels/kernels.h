@@ -15,6 +15,7 @@ enum class Activation { silu, gelu, gelu_tanh, relu, relu2, quick_gelu };
 enum class Store {
   overwrite,
   accumulate,  // starts from what is in c
+  add,         // adds the complete sums to what is in c
   stream,      // overwrites past the caches: for results that nobody reads soon; c and c_stride in whole vectors
 };
 
@@ -79,7 +80,9 @@ struct Kernels {
   Index tile_cols;  // W, the width of a panel
 
   void (*tile)(Index rows, const TileArgs<T>&);  // rows <= R
-  // The same while it moves lines; nothing is asked `ahead`.
+  // The same for `panels` panels, one after the other in b, whose columns are side by side in c; nothing is asked `ahead`.
+  void (*sweeping_tile)(Index rows, const TileArgs<T>&, Index panels);
+  // tile while it moves lines; nothing is asked `ahead`.
   void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&);
   void (*carry)(Carry&);
 

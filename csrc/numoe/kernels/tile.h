@@ -72,6 +72,14 @@ struct Accumulators {
       }
       return;
     }
+    if (how == Store::add) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, c = forget(c + stride)) {
+        store(c, load<V>(c) + left[r]);
+        store(c + N, load<V>(c + N) + right[r]);
+      }
+      return;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, c = forget(c + stride)) {
       store(c, left[r]);
@@ -113,6 +121,24 @@ void tile_of_height(const TileArgs<T, B>& args) {
     sums.template multiply_add<Elements>(a, wide<T, N>(b), wide<T, N>(b + N));
   }
   sums.finish(args.c, args.c_stride, args.store);
+}
+
+template <class T, int N, int R>
+void sweeping_tile_of_height(const TileArgs<T>& args, Index panels) {
+  using V = Lanes<T, N>;
+  const T* b = args.b;
+  T* c = args.c;
+  const Index near = args.near;
+  for (; panels > 0; --panels, c += 2 * N) {
+    const T* a = args.a;
+    Accumulators<T, N, R> sums;
+    sums.start(c, args.c_stride, args.store);
+    for (Index k = args.depth; k > 0; --k, a += R, b += 2 * N) {
+      ask_near<2 * N * sizeof(T)>(b, near);
+      sums.multiply_add(a, load<V>(b), load<V>(b + N));
+    }
+    sums.finish(c, args.c_stride, args.store);
+  }
 }
 
 // Goes through the lines of a Carry, V at a time.
@@ -240,6 +266,9 @@ struct Tile {
   static void run_dot(Index rows, const TileArgs<T>& args) {
     heights<Pairs<N>, T>(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
+  static void run_sweeping(Index rows, const TileArgs<T>& args, Index panels) {
+    sweeping_heights(std::make_integer_sequence<int, R>{})[rows - 1](args, panels);
+  }
   static void run_carrying(Index rows, const TileArgs<T>& args, Carry& carry) {
     const auto* functions = carry.past_caches ? carrying_heights<true>(std::make_integer_sequence<int, R>{})
                                               : carrying_heights<false>(std::make_integer_sequence<int, R>{});
@@ -252,10 +281,16 @@ struct Tile {
  private:
   template <class B>
   using Function = void (*)(const TileArgs<T, B>&);
+  using SweepingFunction = void (*)(const TileArgs<T>&, Index panels);
   using CarryingFunction = void (*)(const TileArgs<T>&, Carry&);
   template <class Elements, class B, int... H>
   static const Function<B>* heights(std::integer_sequence<int, H...>) {
     static constexpr Function<B> table[] = {tile_of_height<Elements, T, B, N, H + 1>...};
+    return table;
+  }
+  template <int... H>
+  static const SweepingFunction* sweeping_heights(std::integer_sequence<int, H...>) {
+    static constexpr SweepingFunction table[] = {sweeping_tile_of_height<T, N, H + 1>...};
     return table;
   }
   template <bool past_caches, int... H>
