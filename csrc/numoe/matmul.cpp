@@ -13,14 +13,26 @@ bool whole_lines(MatrixView<T> c) {
          c.cols * number % Carry::line == 0;
 }
 
-// Whether a tile's sums are better carried to memory by the next one.  They leave in a burst: as few lines as a core has
-// under way at once do not hold up what comes after them, more do, unless one goes with every two k's.
+// Lines of a tile's sums.
 template <class T>
-bool tiles_should_carry(Index depth) {
+Index lines_of_tile() {
+  return kernels<T>().tile_rows * kernels<T>().tile_cols * static_cast<Index>(sizeof(T)) / Carry::line;
+}
+
+// Whether large results had better go past the caches.  A tile's sums leave in a burst.  Those of AVX2 tiles are 6 lines
+// in 6 rows, which ordinary stores write as fast as memory takes them (streaming ones took 1.4 times as long, Zen 3);
+// 28 lines of AVX-512 are more than a core has under way, and hold up what comes after them (Skylake).
+template <class T>
+bool pays_to_stream() {
   constexpr Index lines_under_way = 12;
-  const Index row_bytes = kernels<T>().tile_cols * static_cast<Index>(sizeof(T));
-  const Index lines = kernels<T>().tile_rows * row_bytes / Carry::line;
-  return lines > lines_under_way && row_bytes % Carry::line == 0 && depth >= 2 * lines;
+  return lines_of_tile<T>() > lines_under_way;
+}
+
+// Whether a tile of `depth` k's can carry the sums of another: a line with every two k's.
+template <class T>
+bool tiles_can_carry(Index depth) {
+  const bool whole = kernels<T>().tile_cols * static_cast<Index>(sizeof(T)) % Carry::line == 0;
+  return whole && depth >= 2 * lines_of_tile<T>();
 }
 
 // The tiles of `range` times all whole panels → c.  Each tile passes over as many panels as stay in a cache, so that rows
@@ -86,8 +98,8 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);
   const PackedRows<T> rows{packed - first * depth, tiles, depth};
-  if (store == Store::stream && !whole_lines(c)) store = Store::overwrite;
-  if (store == Store::stream && tiles_should_carry<T>(depth)) {
+  if (store == Store::stream && !(pays_to_stream<T>() && whole_lines(c))) store = Store::overwrite;
+  if (store == Store::stream && tiles_can_carry<T>(depth)) {
     return stream_tiles(rows, range, b_panels, sums, c.row_range(first, first + height));
   }
   sweep_tiles(rows, range, b_panels, store, c);
