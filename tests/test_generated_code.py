@@ -90,31 +90,30 @@ def functions() -> tuple[Function, ...]:
     return tuple(Function(name, file, tuple(code)) for file, name, code in found_names)
 
 
-TILE = re.compile(  # the last number is the height; of tiles that carry lines: past the caches or not
-    r"numoe::\(anonymous namespace\)::(?:carrying_|(sweeping_))?tile(_bf16)?_of_height<(.*), (\d+)(?:, (true|false))?>\("
-)
+TILE = re.compile(r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_)?tile(_bf16)?_of_height<(.*)>\(")
 REGISTERS = {  # and their bytes
     "avx512_bf16": ("zmm", 64),
     "avx512": ("zmm", 64),
     "avx2": ("ymm", 32),
     "portable": ("xmm", 16),
 }
-CARRYING = {None: "", "false": " while carrying", "true": " while streaming"}
-SWEEPING = " while sweeping"
+WAYS = ("", " while carrying", " while streaming", " while sweeping", " side by side")
+NUMBERS = {"Pairs<": "bfloat16 dots", "bfloat16": "bfloat16 rows", "double": "float64"}  # by template arguments
 WEIGHTS = (
     "bfloat16",
-    "bfloat16 rows",
-    *(t + c for t, c in itertools.product(("float32", "float64"), (*CARRYING.values(), SWEEPING))),
+    "bfloat16 side by side",
+    "bfloat16 rows while sweeping",
+    *map("".join, itertools.product(("float32", "float64"), WAYS)),
 )
-TILES = [*itertools.product(REGISTERS, WEIGHTS), ("avx512_bf16", "bfloat16 dots")]
-
-
-KINDS = {"Pairs<": "bfloat16 dots", "bfloat16": "bfloat16 rows", "double": "float64"}  # by template arguments
+DOTS = ("bfloat16 dots", "bfloat16 dots side by side")
+TILES = [*itertools.product(REGISTERS, WEIGHTS), *itertools.product(["avx512_bf16"], DOTS)]
 
 
 @dataclass(frozen=True)
 class Tile:
+    weights: str  # with the way it takes: of WEIGHTS or DOTS
     height: int
+    panels: int
     function: Function
 
     @functools.cached_property
@@ -146,16 +145,20 @@ def shape(target: str, weights: str) -> tuple[int, int]:
     return rows, columns
 
 
+def tile_of(function: Function) -> Tile | None:
+    match = TILE.match(function.name.removeprefix("void "))
+    if match is None:
+        return None
+    way, bf16, template = match.groups()
+    *_, height, last = f"{template}, ".split(", ")[:-1] if way in ("carrying_", "broad_") else f"{template}, 1".split(", ")
+    numbers = "bfloat16" if bf16 else next((kind for mark, kind in NUMBERS.items() if mark in template), "float32")
+    ways = {"carrying_": WAYS[2] if last == "true" else WAYS[1], "sweeping_": WAYS[3], "broad_": WAYS[4], None: WAYS[0]}
+    return Tile(numbers + ways[way], int(height), int(last) if way == "broad_" else 1, function)
+
+
 def tiles(target: str, weights: str) -> list[Tile]:
-    found = []
-    for function in functions():
-        match = TILE.match(function.name.removeprefix("void "))
-        if match and function.file == f"{target}.cpp":
-            sweeping, bf16, arguments, height, past_caches = match.groups()
-            numbers = next((kind for mark, kind in KINDS.items() if mark in arguments), "float32")
-            kind = "bfloat16" if bf16 else numbers + (SWEEPING if sweeping else CARRYING[past_caches])
-            found += [Tile(int(height), function)] if kind == weights else []
-    return sorted(found, key=lambda tile: tile.height)
+    found = [tile_of(function) for function in functions() if function.file == f"{target}.cpp"]
+    return sorted((tile for tile in found if tile and tile.weights == weights), key=lambda t: (t.panels, t.height))
 
 
 @pytest.fixture
@@ -168,8 +171,10 @@ def _optimised() -> None:
 @pytest.mark.parametrize(("target", "weights"), TILES)
 def test_every_tile_height_is_there(target: str, weights: str) -> None:
     """The tests below look at what they find; this one says what there must be."""
-    heights = list(range(1, shape(target, weights)[0] + 1))
-    assert [tile.height for tile in tiles(target, weights)] == heights
+    rows = shape(target, weights)[0]
+    panels = (2, 3, 4) if weights.endswith("side by side") else (1,)
+    heights = [(height, p) for p in panels for height in range(1, rows // p + 1)]
+    assert [(tile.height, tile.panels) for tile in tiles(target, weights)] == heights
 
 
 @pytest.mark.usefixtures("_optimised")
@@ -178,15 +183,15 @@ def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, we
     register, width = REGISTERS[target]
     double = weights.startswith("float64")
     columns = shape(target, weights)[1] * (8 if double else 4) // width
-    steps = 2 if weights == "bfloat16" else 1  # numbers of k that one load of weights serves
+    steps = 2 if weights in WEIGHTS[:2] else 1  # numbers of k that one load of weights serves
     multiply = rf"{'mul' if target == 'portable' else 'vfmadd...'}p{'d' if double else 's'}"
-    if weights == "bfloat16 dots":
+    if weights in DOTS:
         multiply = "vdpbf16ps"
     for tile in tiles(target, weights):
         name = tile.function.name
-        assert len(tile.hot_loops) == (2 if "carrying_tile" in name else 1), name
+        assert len(tile.hot_loops) == (2 if weights.endswith(WAYS[1:3]) else 1), name
         for products in map(multiplications, tile.hot_loops):
-            assert len(products) % (steps * tile.height * columns) == 0, name  # more than once if unrolled
+            assert len(products) % (steps * tile.height * tile.panels * columns) == 0, name  # more often if unrolled
             for product in products:
                 assert re.fullmatch(multiply, product.mnemonic), (name, product)
                 assert re.search(rf"%{register}\d+$", product.operands), (name, product)

@@ -119,7 +119,7 @@ class Forward : Pipeline<T> {
     auto stage = up.stage();
     for_passes(x.tiles, [&](TileRange pass) {
       const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
-      const Index at_once = up.panels_at_once(pass.count());
+      const Index at_once = up.panels_at_once(pass.count(), height);
       T* pre = scratch<T, 1>((glu ? 2 : 1) * at_once * size);
       T* linear = glu ? pre + at_once * size : nullptr;
       for (Index j = 0; j < up.count(); j += at_once) {

@@ -43,13 +43,14 @@ void sweep_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, St
   const Kernels<T>& kernel = kernels<T>();
   const Index width = kernel.tile_cols, count = c.cols / width, size = rows.depth * width;
   const Index at_once = std::max<Index>(1, cache / (std::max<Index>(1, size) * static_cast<Index>(sizeof(T))));
-  TileArgs<T> args{.depth = rows.depth, .c_stride = c.stride, .store = store};
+  TileArgs<T> args{.depth = rows.depth, .b_stride = width, .c_stride = c.stride, .store = store};
   for (Index j = 0; j < count; j += at_once) {
+    const Neighbours neighbours{.panels = std::min(at_once, count - j), .b_step = size, .c_step = width};
     args.b = panels + j * size;
     for (Index i = range.begin; i < range.end; ++i) {
       args.a = rows.tile(i);
       args.c = c.row(rows.tiles.begin(i)) + j * width;
-      kernel.sweeping_tile(rows.tiles.height(i), args, std::min(at_once, count - j));
+      kernel.sweeping_tile(rows.tiles.height(i), args, neighbours);
     }
   }
   if (store == Store::stream) kernel.stream_end();

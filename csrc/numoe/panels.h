@@ -92,8 +92,34 @@ class PackedPanels {
       return {wide, nullptr};
     }
   }
-  Index panels_at_once(Index) const { return 1; }
+  // One tile of few rows reads several panels side by side: memory is faster that way.
+  Index panels_at_once(Index tiles, Index rows) const {
+    if (tiles > 1) return 1;
+    return std::clamp<Index>(kernels<T>().tile_rows / rows, 1, std::min(count_, max_side_by_side));
+  }
   Stage stage() const { return {}; }
+
+  // c (+)= rows · panels [j, j + count) for one tile; c is [count][rows][W].
+  void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, Store store, T* c) const {
+    const Index height = rows.tiles.height(tile);
+    const auto multiply = [&](auto kernel, auto* b) {
+      using B = std::remove_const_t<std::remove_pointer_t<decltype(b)>>;
+      const TileArgs<T, B> args{.depth = rows.depth,
+                                .a = rows.tile(tile),
+                                .b = b,
+                                .b_stride = W_,
+                                .c = c,
+                                .c_stride = W_,
+                                .store = store};
+      kernel(height, args, {.panels = count, .b_step = step_, .c_step = height * W_});
+    };
+    const S* panel = data_ + j * step_;
+    if constexpr (std::is_same_v<S, T>) {
+      multiply(rows.pairs ? kernels<T>().broad_tile_dot : kernels<T>().broad_tile, panel);
+    } else {
+      multiply(kernels<T>().broad_tile_bf16, panel);
+    }
+  }
   // Whatever lies next in memory is next to be read.
   NextBlock after(Index j, Index k, Index depth, Index tiles) const {
     const S* next = data_ + j * step_ + (k + depth) * W_;
@@ -125,7 +151,7 @@ class RowMajor {
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index tiles) const {
+  Index panels_at_once(Index tiles, Index) const {
     if (few(tiles)) return count();
     return std::min(count(), (many(tiles) ? deep : wide) / (W_ * static_cast<Index>(sizeof(T))));
   }
@@ -156,28 +182,34 @@ class RowMajor {
     }
   }
 
-  // c (+)= rows · panels [j, j + count) for few tiles: the tiles of a row of panels ask for the panels beside them.
+  // c (+)= rows · panels [j, j + count) for few tiles, which sweep over some rows of the matrix from end to end and ask for
+  // the rows after these: few enough not to collide in a cache whose sets repeat every 4 KB, and streams enough to keep
+  // the memory busy.
   void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
-    constexpr Index rows_at_once = 16, next_panel = 128;
+    constexpr Index rows_at_once = 8;
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
-    TileArgs<T, S> args{.c_stride = W_, .near = next_panel};
+    const Index whole = std::min(count, cols_ / W_ - j);
+    TileArgs<T, S> args{.c_stride = W_, .near = rows_at_once * b_.stride * static_cast<Index>(sizeof(S))};
     for (Index k = 0; k < rows.depth; k += rows_at_once) {
       args.depth = std::min(rows_at_once, rows.depth - k);
       args.store = k == 0 ? store : Store::accumulate;
-      for (Index p = 0; p < count; ++p) {
-        set_rows(args, j + p, k);
+      const auto sweep = [&](const S* b, Index stride, Index panel, Index panels) {
+        args.b = b;
+        args.b_stride = stride;
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
           args.a = rows.tile(i) + k * height;
-          args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
-          ask_along_the_row(args.ahead, j + p, k);
+          args.c = c + panel * size + (rows.tiles.begin(i) - first) * W_;
+          const Neighbours neighbours{.panels = panels, .b_step = W_, .c_step = size};
           if constexpr (std::is_same_v<S, T>) {
-            kernels<T>().tile(height, args);
+            kernels<T>().sweeping_tile(height, args, neighbours);
           } else {
-            kernels<T>().tile_narrow(height, args);
+            kernels<T>().sweeping_tile_narrow(height, args, neighbours);
           }
         }
-      }
+      };
+      if (whole > 0) sweep(b_.row(k) + col_ + j * W_, b_.stride, 0, whole);
+      if (whole < count) sweep(padded_rows(j + whole, k, args.depth), W_, whole, 1);
     }
   }
 
@@ -185,24 +217,15 @@ class RowMajor {
   static constexpr Index wide = 1024, wide_depth = 128, deep = 256, deep_depth = 512;  // bytes of panels' rows, rows
   static bool many(Index tiles) { return tiles * kernels<T>().tile_rows > 168; }
 
-  // b = rows [k, k + depth) of panel j: in place, or padded.
-  void set_rows(TileArgs<T, S>& args, Index j, Index k) const {
-    const Index valid = std::min(W_, cols_ - j * W_);
-    args.b = b_.row(k) + col_ + j * W_;
-    args.b_stride = b_.stride;
-    if (valid == W_) return;
-    S* const padded = scratch<S, 0>(args.depth * W_);
-    for (Index i = 0; i < args.depth; ++i) {
-      std::copy_n(args.b + i * b_.stride, valid, padded + i * W_);
+  // Rows [k, k + depth) of panel j, which is less than W columns.
+  const S* padded_rows(Index j, Index k, Index depth) const {
+    const Index valid = cols_ - j * W_;
+    S* const padded = scratch<S, 0>(depth * W_);
+    for (Index i = 0; i < depth; ++i) {
+      std::copy_n(b_.row(k + i) + col_ + j * W_, valid, padded + i * W_);
       std::fill_n(padded + i * W_ + valid, W_ - valid, S{});
     }
-    args.b = padded;
-    args.b_stride = W_;
-  }
-  void ask_along_the_row(Ahead& ahead, Index j, Index k) const {
-    constexpr Index distance = 2048;  // bytes
-    ahead.at = reinterpret_cast<const char*>(b_.row(k) + col_ + j * W_) + distance;
-    ahead.step = b_.stride * static_cast<Index>(sizeof(S));
+    return padded;
   }
 
   MatrixView<const S> b_;
@@ -219,7 +242,7 @@ class Transposed {
   Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index) const { return std::min(Index{8}, count()); }
+  Index panels_at_once(Index, Index) const { return std::min(Index{8}, count()); }
   Index panels_in_block(Index) const { return 1; }
   Index depth_of_block(Index) const { return block_depth; }
   Stage stage() const { return Stage(W_ * Stage::pitch(block_depth)); }
@@ -396,6 +419,8 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
       return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, store, c);
     }
     multiply_staged(stage, rows, range, panels, next, store, c);
+  } else if (panels.count > 1) {
+    panels.source->multiply_side_by_side(rows, range.begin, panels.begin, panels.count, store, c);
   } else {
     for (Index p = 0; p < panels.count; ++p) {
       multiply_panel(rows, range, *panels.source, panels.begin + p, store, c + p * size, width);

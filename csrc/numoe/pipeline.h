@@ -114,7 +114,7 @@ class Pipeline {
     auto stage = term->source.stage();
     for_passes(row_tiles, [&](TileRange pass) {
       const Index row = row_tiles.begin(pass.begin), height = row_tiles.begin(pass.end) - row;
-      const Index at_once = term->source.panels_at_once(pass.count());
+      const Index at_once = term->source.panels_at_once(pass.count(), height);
       const bool again = pass.end < row_tiles.count();
       T* sums = scratch<T, 1>(at_once * height * W_);
       for (Index j = 0; j * W_ < cols; j += at_once) {

@@ -175,11 +175,14 @@ constexpr Kernels<T> make_kernels() {
                    .tile_cols = 2 * N,
                    .tile = Tile<T, N, R>::run,
                    .sweeping_tile = Tile<T, N, R>::run_sweeping,
+                   .broad_tile = Tile<T, N, R>::run_broad,
                    .carrying_tile = Tile<T, N, R>::run_carrying,
                    .carry = carry<T, N>,
                    .tile_bf16 = nullptr,
-                   .tile_narrow = nullptr,
+                   .broad_tile_bf16 = nullptr,
+                   .sweeping_tile_narrow = nullptr,
                    .tile_dot = nullptr,
+                   .broad_tile_dot = nullptr,
                    .round_pairs = nullptr,
                    .copy_panel = copy_panel<T, N>,
                    .widen = nullptr,
@@ -195,7 +198,8 @@ constexpr Kernels<T> make_kernels() {
                    .routing = make_routing_kernels<T, N>()};
   if constexpr (sizeof(T) == sizeof(float)) {
     table.tile_bf16 = Tile<T, N, R>::run_bf16;
-    table.tile_narrow = Tile<T, N, R>::run_narrow;
+    table.broad_tile_bf16 = Tile<T, N, R>::run_broad_bf16;
+    table.sweeping_tile_narrow = Tile<T, N, R>::run_sweeping_narrow;
     table.widen = widen<N>;
     table.widen_panel = widen_panel<N>;
   }
@@ -207,6 +211,7 @@ template <int N, int R>
 constexpr Kernels<float> make_dot_kernels() {
   Kernels<float> table = make_kernels<float, N, R>();
   table.tile_dot = Tile<float, N, R>::run_dot;
+  table.broad_tile_dot = Tile<float, N, R>::run_broad_dot;
   table.round_pairs = round_pairs<N>;
   return table;
 }

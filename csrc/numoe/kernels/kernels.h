@@ -52,6 +52,12 @@ struct TileArgs {
   Ahead ahead = {};
 };
 
+// Several panels in one call, as far apart as their sums: numbers from one to the next.
+struct Neighbours {
+  Index panels = 1, b_step = 0, c_step = 0;
+};
+constexpr Index max_side_by_side = 4;  // panels
+
 // Scores that depend on one logit alone.
 enum class Curve {
   sigmoid,        // σ(z)
@@ -80,8 +86,11 @@ struct Kernels {
   Index tile_cols;  // W, the width of a panel
 
   void (*tile)(Index rows, const TileArgs<T>&);  // rows <= R
-  // The same for `panels` panels, one after the other in b, whose columns are side by side in c; nothing is asked `ahead`.
-  void (*sweeping_tile)(Index rows, const TileArgs<T>&, Index panels);
+  // tile for one panel after the other; nothing is asked `ahead`.
+  void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
+  // tile for all panels at every k, which reads as many streams of memory: rows * panels <= R, at most max_side_by_side
+  // panels.  Nothing is asked for: the hardware does better where it follows several streams.
+  void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
   // tile while it moves lines; nothing is asked `ahead`.
   void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&);
   void (*carry)(Carry&);
@@ -89,8 +98,9 @@ struct Kernels {
   // The same with a bfloat16 panel, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
   // an odd depth paired with 0; b_stride is ignored.  Absent for double.
   void (*tile_bf16)(Index rows, const TileArgs<T, bfloat16>&);
-  // The same with rows of bfloat16 numbers, as a matrix has them.  Absent for double.
-  void (*tile_narrow)(Index rows, const TileArgs<T, bfloat16>&);
+  void (*broad_tile_bf16)(Index rows, const TileArgs<T, bfloat16>&, const Neighbours&);
+  // sweeping_tile with rows of bfloat16 numbers, as a matrix has them.  Absent for double.
+  void (*sweeping_tile_narrow)(Index rows, const TileArgs<T, bfloat16>&, const Neighbours&);
 
   // Dot products of bfloat16 pairs.  A pair is two numbers in the 32 bits of a T, that of the even k in the lower half.
   // Absent where the target has no instruction for them, and for double.
@@ -98,6 +108,7 @@ struct Kernels {
   // The tile with pairs instead of numbers in a and b, so that depth counts pairs: a bfloat16 panel is such a b.  Each
   // pair adds the product of its odd k, then that of its even k; subnormal numbers count as 0.
   void (*tile_dot)(Index rows, const TileArgs<T>&);
+  void (*broad_tile_dot)(Index rows, const TileArgs<T>&, const Neighbours&);
   // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16 like round_to_bfloat16; the last of an odd n is
   // paired with 0.  Possibly in place.
   void (*round_pairs)(Index n, T factor, const T* x, T* pairs);

@@ -39,6 +39,7 @@ struct Pairs {  // of bfloat16, in the 32 bits of a float
   }
 };
 
+// Everything is inlined, or the sums would live in memory.
 template <class T, int N, int R>
 struct Accumulators {
   using V = Lanes<T, N>;
@@ -46,14 +47,14 @@ struct Accumulators {
 
   // (+)= a · b for one k
   template <class Elements = Numbers<T, N>>
-  inline void multiply_add(const T* a, V b_left, V b_right) {
+  [[gnu::always_inline]] inline void multiply_add(const T* a, V b_left, V b_right) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       left[r] = Elements::multiply_add(left[r], a + r, b_left);
       right[r] = Elements::multiply_add(right[r], a + r, b_right);
     }
   }
-  inline void start(T* c, Index stride, Store how) {
+  [[gnu::always_inline]] inline void start(T* c, Index stride, Store how) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) left[r] = right[r] = V{};
     if (how != Store::accumulate) return;
@@ -63,7 +64,7 @@ struct Accumulators {
       right[r] = load<V>(c + N);
     }
   }
-  inline void finish(T* c, Index stride, Store how) const {
+  [[gnu::always_inline]] inline void finish(T* c, Index stride, Store how) const {
     if (how == Store::stream) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r, c = forget(c + stride)) {
@@ -107,38 +108,56 @@ inline Lanes<float, N> wide(const bfloat16* b) {
   return reinterpret<Lanes<float, N>>(__builtin_convertvector(half, Lanes<std::uint32_t, N>) << 16);
 }
 
-template <class Elements, class T, class B, int N, int R>
-void tile_of_height(const TileArgs<T, B>& args) {
-  const T* a = args.a;
-  const B* b = args.b;
+template <class Elements, class T, int N, int R>
+void tile_of_height(const TileArgs<T>& args) {
+  const T *a = args.a, *b = args.b;
   const Index stride = args.b_stride, near = args.near, step = args.ahead.step;
   const char* ahead = static_cast<const char*>(args.ahead.at);
   Accumulators<T, N, R> sums;
   sums.start(args.c, args.c_stride, args.store);
   for (Index k = args.depth; k > 0; --k, a += R, b += stride, ahead += step) {
-    ask_near<2 * N * sizeof(B)>(b, near);
+    ask_near<2 * N * sizeof(T)>(b, near);
     __builtin_prefetch(ahead, 0, 2);
-    sums.template multiply_add<Elements>(a, wide<T, N>(b), wide<T, N>(b + N));
+    sums.template multiply_add<Elements>(a, load<Lanes<T, N>>(b), load<Lanes<T, N>>(b + N));
   }
   sums.finish(args.c, args.c_stride, args.store);
 }
 
-template <class T, int N, int R>
-void sweeping_tile_of_height(const TileArgs<T>& args, Index panels) {
-  using V = Lanes<T, N>;
-  const T* b = args.b;
+template <class T, class B, int N, int R>
+void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neighbours) {
+  const B* panel = args.b;
   T* c = args.c;
-  const Index near = args.near;
-  for (; panels > 0; --panels, c += 2 * N) {
+  const Index stride = args.b_stride, near = args.near, step = neighbours.b_step;
+  for (Index p = neighbours.panels; p > 0; --p, panel += step, c += neighbours.c_step) {
     const T* a = args.a;
+    const B* b = panel;
     Accumulators<T, N, R> sums;
     sums.start(c, args.c_stride, args.store);
-    for (Index k = args.depth; k > 0; --k, a += R, b += 2 * N) {
-      ask_near<2 * N * sizeof(T)>(b, near);
-      sums.multiply_add(a, load<V>(b), load<V>(b + N));
+    for (Index k = args.depth; k > 0; --k, a += R, b += stride) {
+      ask_near<2 * N * sizeof(B)>(b, near);
+      sums.multiply_add(a, wide<T, N>(b), wide<T, N>(b + N));
     }
     sums.finish(c, args.c_stride, args.store);
   }
+}
+
+template <class Elements, class T, int N, int R, int P>
+void broad_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbours) {
+  using V = Lanes<T, N>;
+  const T *a = args.a, *b = args.b;
+  const Index stride = args.b_stride, step = neighbours.b_step;
+  Accumulators<T, N, R> sums[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) sums[p].start(args.c + p * neighbours.c_step, args.c_stride, args.store);
+  for (Index k = args.depth; k > 0; --k, a += R, b += stride) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      sums[p].template multiply_add<Elements>(a, load<V>(b + p * step), load<V>(b + p * step + N));
+      in_order();
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) sums[p].finish(args.c + p * neighbours.c_step, args.c_stride, args.store);
 }
 
 // Goes through the lines of a Carry, V at a time.
@@ -241,6 +260,37 @@ void tile_bf16_of_height(const TileArgs<float, bfloat16>& args) {
   sums.finish(args.c, args.c_stride, args.store);
 }
 
+template <int N, int R, int P>
+void broad_tile_bf16_of_height(const TileArgs<float, bfloat16>& args, const Neighbours& neighbours) {
+  using V = Lanes<float, N>;
+  using I = Lanes<std::uint32_t, N>;
+  const I high_half = I{} + 0xffff0000u;
+  const float* a = args.a;
+  const bfloat16* b = args.b;
+  const Index step = neighbours.b_step;
+  Accumulators<float, N, R> sums[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) sums[p].start(args.c + p * neighbours.c_step, args.c_stride, args.store);
+  for (Index k = args.depth; k > 0; k -= 2, a += 2 * R, b += 4 * N) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const bfloat16* panel = b + p * step;
+      sums[p].multiply_add(a, reinterpret<V>(load<I>(panel) << 16), reinterpret<V>(load<I>(panel + 2 * N) << 16));
+      in_order();
+    }
+    if (k == 1) break;
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const bfloat16* panel = b + p * step;
+      sums[p].multiply_add(a + R, reinterpret<V>(load<I>(panel) & high_half),
+                           reinterpret<V>(load<I>(panel + 2 * N) & high_half));
+      in_order();
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) sums[p].finish(args.c + p * neighbours.c_step, args.c_stride, args.store);
+}
+
 template <int N>
 void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
   using I = Lanes<std::uint32_t, N>;
@@ -255,52 +305,82 @@ void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
   }
 }
 
+// Tables of functions by height, and what picks from them.
 template <class T, int N, int R>
 struct Tile {
-  static void run(Index rows, const TileArgs<T>& args) {
-    heights<Numbers<T, N>, T>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+  static void run(Index rows, const TileArgs<T>& args) { heights<Numbers<T, N>>(all)[rows - 1](args); }
+  static void run_dot(Index rows, const TileArgs<T>& args) { heights<Pairs<N>>(all)[rows - 1](args); }
+  static void run_bf16(Index rows, const TileArgs<T, bfloat16>& args) { bf16_heights(all)[rows - 1](args); }
+  static void run_sweeping(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
+    sweeping_heights<T>(all)[rows - 1](args, neighbours);
   }
-  static void run_narrow(Index rows, const TileArgs<T, bfloat16>& args) {
-    heights<Numbers<T, N>, bfloat16>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+  static void run_sweeping_narrow(Index rows, const TileArgs<T, bfloat16>& args, const Neighbours& neighbours) {
+    sweeping_heights<bfloat16>(all)[rows - 1](args, neighbours);
   }
-  static void run_dot(Index rows, const TileArgs<T>& args) {
-    heights<Pairs<N>, T>(std::make_integer_sequence<int, R>{})[rows - 1](args);
+  static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
+    broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
   }
-  static void run_sweeping(Index rows, const TileArgs<T>& args, Index panels) {
-    sweeping_heights(std::make_integer_sequence<int, R>{})[rows - 1](args, panels);
+  static void run_broad_dot(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
+    broad_heights<Pairs<N>>(neighbours.panels)[rows - 1](args, neighbours);
+  }
+  static void run_broad_bf16(Index rows, const TileArgs<T, bfloat16>& args, const Neighbours& neighbours) {
+    broad_bf16_heights(neighbours.panels)[rows - 1](args, neighbours);
   }
   static void run_carrying(Index rows, const TileArgs<T>& args, Carry& carry) {
-    const auto* functions = carry.past_caches ? carrying_heights<true>(std::make_integer_sequence<int, R>{})
-                                              : carrying_heights<false>(std::make_integer_sequence<int, R>{});
+    const auto* functions = carry.past_caches ? carrying_heights<true>(all) : carrying_heights<false>(all);
     functions[rows - 1](args, carry);
-  }
-  static void run_bf16(Index rows, const TileArgs<float, bfloat16>& args) {
-    bf16_heights(std::make_integer_sequence<int, R>{})[rows - 1](args);
   }
 
  private:
+  static constexpr std::make_integer_sequence<int, R> all{};
+  template <int P>
+  static constexpr std::make_integer_sequence<int, R / P> beside{};  // heights of P panels side by side
+
+  using Function = void (*)(const TileArgs<T>&);
+  using Bf16Function = void (*)(const TileArgs<T, bfloat16>&);
   template <class B>
-  using Function = void (*)(const TileArgs<T, B>&);
-  using SweepingFunction = void (*)(const TileArgs<T>&, Index panels);
+  using NeighboursFunction = void (*)(const TileArgs<T, B>&, const Neighbours&);
   using CarryingFunction = void (*)(const TileArgs<T>&, Carry&);
-  template <class Elements, class B, int... H>
-  static const Function<B>* heights(std::integer_sequence<int, H...>) {
-    static constexpr Function<B> table[] = {tile_of_height<Elements, T, B, N, H + 1>...};
+
+  template <class Elements, int... H>
+  static const Function* heights(std::integer_sequence<int, H...>) {
+    static constexpr Function table[] = {tile_of_height<Elements, T, N, H + 1>...};
     return table;
   }
   template <int... H>
-  static const SweepingFunction* sweeping_heights(std::integer_sequence<int, H...>) {
-    static constexpr SweepingFunction table[] = {sweeping_tile_of_height<T, N, H + 1>...};
+  static const Bf16Function* bf16_heights(std::integer_sequence<int, H...>) {
+    static constexpr Bf16Function table[] = {tile_bf16_of_height<N, H + 1>...};
     return table;
+  }
+  template <class B, int... H>
+  static const NeighboursFunction<B>* sweeping_heights(std::integer_sequence<int, H...>) {
+    static constexpr NeighboursFunction<B> table[] = {sweeping_tile_of_height<T, B, N, H + 1>...};
+    return table;
+  }
+  template <class Elements, int P, int... H>
+  static const NeighboursFunction<T>* broad_heights(std::integer_sequence<int, H...>) {
+    static constexpr NeighboursFunction<T> table[] = {broad_tile_of_height<Elements, T, N, H + 1, P>...};
+    return table;
+  }
+  template <class Elements>
+  static const NeighboursFunction<T>* broad_heights(Index panels) {
+    return panels == 2   ? broad_heights<Elements, 2>(beside<2>)
+           : panels == 3 ? broad_heights<Elements, 3>(beside<3>)
+                         : broad_heights<Elements, 4>(beside<4>);
+  }
+  template <int P, int... H>
+  static const NeighboursFunction<bfloat16>* broad_bf16_heights(std::integer_sequence<int, H...>) {
+    static constexpr NeighboursFunction<bfloat16> table[] = {broad_tile_bf16_of_height<N, H + 1, P>...};
+    return table;
+  }
+  static const NeighboursFunction<bfloat16>* broad_bf16_heights(Index panels) {
+    return panels == 2   ? broad_bf16_heights<2>(beside<2>)
+           : panels == 3 ? broad_bf16_heights<3>(beside<3>)
+                         : broad_bf16_heights<4>(beside<4>);
   }
   template <bool past_caches, int... H>
   static const CarryingFunction* carrying_heights(std::integer_sequence<int, H...>) {
     static constexpr CarryingFunction table[] = {carrying_tile_of_height<T, N, H + 1, past_caches>...};
-    return table;
-  }
-  template <int... H>
-  static const Function<bfloat16>* bf16_heights(std::integer_sequence<int, H...>) {
-    static constexpr Function<bfloat16> table[] = {tile_bf16_of_height<N, H + 1>...};
     return table;
   }
 };
