@@ -207,7 +207,7 @@ def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> No
 
 # The loops that measure a CPU: their callers ask for the CPU's features, as those of the targets do.
 PROBES = re.compile(
-    r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<\w+>\(.*"
+    r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<.*>\(.*"
 )
 BEYOND_AVX2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 

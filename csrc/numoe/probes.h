@@ -47,6 +47,9 @@ class ReadProbe {
   double rate(Index bytes, int threads) const;
 
  private:
+  using ReadLoop = void (*)(const char* data, Index size, Index passes, unsigned* out);
+  double rate_of(ReadLoop loop, Index share, int threads) const;  // each of the threads reads `share` bytes
+
   Buffer<char> buffer_;
 };
 
