@@ -1,5 +1,6 @@
 #include "numoe/forward.h"
 #include "numoe/matmul.h"
+#include "numoe/transposed.h"
 
 namespace numoe {
 namespace {
@@ -25,7 +26,13 @@ class Backward : Pipeline<Compute<S>> {
         forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S>(experts), experts.biases()),
         dy_(dresult),
         cache_(cache),
-        grads_(grads) {}
+        grads_(grads),
+        panels_before_(static_cast<std::size_t>(dispatch.num_experts()) + 1) {
+    for (Index e = 0; e < dispatch.num_experts(); ++e) {
+      const auto i = static_cast<std::size_t>(e);
+      panels_before_[i + 1] = panels_before_[i] + num_panels(dispatch.rows(e), W_);
+    }
+  }
 
   void run() {
     std::fill_n(grads_.x.data, grads_.x.rows * grads_.x.cols, T(0));
@@ -72,6 +79,26 @@ class Backward : Pipeline<Compute<S>> {
     });
   }
 
+  // Where the panels of expert e's tokens, of `depth` numbers each, start in a buffer for the experts of `range`.
+  Index panels_start(const ExpertRange& range, Index e, Index depth) const {
+    const auto before = [&](Index i) { return panels_before_[static_cast<std::size_t>(i)]; };
+    return (before(e) - before(range.begin)) * W_ * depth;
+  }
+  TokenPanels<T> token_panels(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
+    return {buffer + panels_start(range, e, depth), dispatch_.rows(e), depth};
+  }
+  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as panels of tokens.
+  template <class Rows>
+  void pack_token_panels(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
+    const Index rows_per_task = 4 * W_;
+    this->for_pieces(
+        range, [&](Index e) { return (dispatch_.rows(e) + rows_per_task - 1) / rows_per_task; },
+        [&](Index e, Index piece) {
+          const Index first = piece * rows_per_task, count = std::min(rows_per_task, dispatch_.rows(e) - first);
+          pack_panels(transposed(rows(e)), depth, first, count, W_, packed + panels_start(range, e, depth) + first * depth);
+        });
+  }
+
   // dy of expert e's rows: gathered by token, or already one row each.
   Operand<T> output_gradients(Index e) const {
     if (combined_) return {dy_.data, dy_.stride, 1, tokens(e)};
@@ -80,16 +107,15 @@ class Backward : Pipeline<Compute<S>> {
 
   // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
   void down_backward(const ExpertRange& range, T* dh) {
-    Workspace<T, 13> dout(rows_of(range) * D_);
-    this->pack_rows(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
+    Workspace<T, 13> dout(panels_start(range, range.end, D_));
+    pack_token_panels(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = this->columns_per_task(D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
           const Index col = piece * block, cols = std::min(block, F_ - col);
-          const PackedRows<T> rows{dout.data() + start(range, e, D_), tiles(e), D_};
-          const Transposed<T, S> down(w_.down[e], col, cols);
-          this->for_panels({Term(rows, down)}, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
+          const TransposedTerm<T, S> down{token_panels(dout.data(), range, e, D_), w_.down[e].row_range(col, col + cols)};
+          for_transposed({down}, [&](Index row, Index panel_col, MatrixView<T> sums) {
             T* target = dh + start(range, e, F_) + row * F_ + col + panel_col;
             for (Index r = 0; r < sums.rows; ++r) copy_run(sums.row(r), sums.cols, target + r * F_);
           });
@@ -197,14 +223,14 @@ class Backward : Pipeline<Compute<S>> {
 
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
   void up_backward(const ExpertRange& range, const T* dgate, const T* dup) {
-    const Index numbers = rows_of(range) * F_;
+    const Index numbers = panels_start(range, range.end, F_);
     Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
     Workspace<T, 9> packed_dup(numbers);
     const auto rows = [&](const T* data) {
       return [=, this, &range](Index e) { return Operand<T>{data + start(range, e, F_), F_, 1}; };
     };
-    this->pack_rows(range, rows(dup), F_, packed_dup.data());
-    if (w_.glu()) this->pack_rows(range, rows(dgate), F_, packed_dgate.data());
+    pack_token_panels(range, rows(dup), F_, packed_dup.data());
+    if (w_.glu()) pack_token_panels(range, rows(dgate), F_, packed_dgate.data());
     const bool weighted = this->weight_on(WeightOn::input);
     Workspace<T, 10> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
     const Index block = this->columns_per_task(2 * F_, D_, this->most_rows(range));
@@ -212,26 +238,24 @@ class Backward : Pipeline<Compute<S>> {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {
         if (dispatch_.rows(e) == 0) continue;
-        const Index at = start(range, e, F_);
-        up_backward_columns(e, col, cols, {packed_dgate.data() + (w_.glu() ? at : 0), tiles(e), F_},
-                            {packed_dup.data() + at, tiles(e), F_},
-                            weighted ? dinput.data() + start(range, e, D_) : nullptr);
+        const TokenPanels<T> up = token_panels(packed_dup.data(), range, e, F_);
+        const TokenPanels<T> gate = w_.glu() ? token_panels(packed_dgate.data(), range, e, F_) : up;
+        up_backward_columns(e, col, cols, gate, up, weighted ? dinput.data() + start(range, e, D_) : nullptr);
       }
     });
     if (weighted) input_weight_gradients(range, dinput.data());
   }
 
-  void up_backward_columns(Index e, Index col, Index cols, const PackedRows<T>& dgate, const PackedRows<T>& dup,
+  void up_backward_columns(Index e, Index col, Index cols, const TokenPanels<T>& dgate, const TokenPanels<T>& dup,
                            T* dinput) {
-    const Transposed<T, S> up(w_.up[e], col, cols);
+    const TransposedTerm<T, S> up{dup, w_.up[e].row_range(col, col + cols)};
     const auto add = [&](Index row, Index panel_col, MatrixView<T> sums) {
       add_to_dx(e, row, col + panel_col, sums, dinput);
     };
     if (w_.glu()) {
-      const Transposed<T, S> gate(w_.gate[e], col, cols);
-      this->for_panels({Term(dup, up), Term(dgate, gate)}, cols, add);
+      for_transposed({up, {dgate, w_.gate[e].row_range(col, col + cols)}}, add);
     } else {
-      this->for_panels({Term(dup, up)}, cols, add);
+      for_transposed({up}, add);
     }
   }
 
@@ -260,6 +284,7 @@ class Backward : Pipeline<Compute<S>> {
   MatrixView<const T> dy_;
   ExpertCache<const T> cache_;
   const ExpertGrads<T>& grads_;
+  std::vector<Index> panels_before_;  // of tokens, of the experts before each
 };
 
 }  // namespace

@@ -126,8 +126,8 @@ class Forward : Pipeline<T> {
         const auto now = some_panels(gate, j, at_once), beside = some_panels(up, j, at_once);
         const auto later = panels_after(gate, j, at_once, pass.end < x.tiles.count());
         const Index count = now.count;
-        multiply_panels(stage, x, pass, now, glu ? beside : later, Store::overwrite, pre);
-        if (glu) multiply_panels(stage, x, pass, beside, later, Store::overwrite, linear);
+        multiply_panels(stage, x, pass, now, glu ? beside : later, pre);
+        if (glu) multiply_panels(stage, x, pass, beside, later, linear);
         for (Index p = 0; p < count; ++p) {
           const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
           const MatrixView<T> first_sums{pre + p * size, height, valid, W_};
@@ -182,7 +182,7 @@ class Forward : Pipeline<T> {
 
   void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
     const auto down = matrices_.down(e, col, cols);
-    this->for_panels({Term(hidden, down)}, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
+    this->for_panels(hidden, down, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
       add_to_result(e, row, col + panel_col, sums, result);
     });
   }

@@ -2,7 +2,6 @@
 //
 //   PackedPanels   panels that are packed already: weights of a PackedExperts, or somebody's scratch
 //   RowMajor       a row-major matrix whose owner may change it between calls
-//   Transposed     the transpose of such a matrix
 //
 // Every product is cut along k into blocks that stay in a cache while all row tiles pass over them; the tiles of one
 // block ask for the next, or carry it to where it is read from.  An element's sum runs over ascending k through all of
@@ -70,8 +69,9 @@ struct NextBlock {
 
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
 
-// Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  bfloat16 panels are [depth/2][W][2]; they are widened in registers for few tiles,
-// once per block for more, because widening twice costs less than a pass through the cache.
+// Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  bfloat16 panels are
+// [depth/2][W][2]; they are widened in registers for few tiles, once per block for more, because widening twice costs less
+// than a pass through the cache.
 template <class T, class S>
 class PackedPanels {
  public:
@@ -99,8 +99,8 @@ class PackedPanels {
   }
   Stage stage() const { return {}; }
 
-  // c (+)= rows · panels [j, j + count) for one tile; c is [count][rows][W].
-  void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, Store store, T* c) const {
+  // c = rows · panels [j, j + count) for one tile; c is [count][rows][W].
+  void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
     const Index height = rows.tiles.height(tile);
     const auto multiply = [&](auto kernel, auto* b) {
       using B = std::remove_const_t<std::remove_pointer_t<decltype(b)>>;
@@ -109,8 +109,7 @@ class PackedPanels {
                                 .b = b,
                                 .b_stride = W_,
                                 .c = c,
-                                .c_stride = W_,
-                                .store = store};
+                                .c_stride = W_};
       kernel(height, args, {.panels = count, .b_step = step_, .c_step = height * W_});
     };
     const S* panel = data_ + j * step_;
@@ -155,7 +154,6 @@ class RowMajor {
     if (few(tiles)) return count();
     return std::min(count(), (many(tiles) ? deep : wide) / (W_ * static_cast<Index>(sizeof(T))));
   }
-  Index panels_in_block(Index panels) const { return panels; }
   Index depth_of_block(Index tiles) const { return many(tiles) ? deep_depth : wide_depth; }
   Stage stage() const {
     constexpr Index number = sizeof(T);
@@ -167,8 +165,8 @@ class RowMajor {
     const Index cols = std::min(count * W_, cols_ - j * W_);
     return {b_.row(k) + col_ + j * W_, b_.stride, std::min(depth, b_.rows - k), cols, count * W_};
   }
-  // Panel j + p of the staged block of panels [j, j + count) as a tile's b.
-  void set_panel(TileArgs<T>& args, const S* staged, Index, Index count, Index p) const {
+  // Panel p of `count` staged ones as a tile's b.
+  void set_panel(TileArgs<T>& args, const S* staged, Index count, Index p) const {
     const Index pitch = Stage::pitch(count * W_);
     args.near = one_cache_away;
     if constexpr (std::is_same_v<S, T>) {
@@ -182,17 +180,17 @@ class RowMajor {
     }
   }
 
-  // c (+)= rows · panels [j, j + count) for few tiles, which sweep over some rows of the matrix from end to end and ask for
+  // c = rows · panels [j, j + count) for few tiles, which sweep over some rows of the matrix from end to end and ask for
   // the rows after these: few enough not to collide in a cache whose sets repeat every 4 KB, and streams enough to keep
   // the memory busy.
-  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
+  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
     constexpr Index rows_at_once = 8;
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
     const Index whole = std::min(count, cols_ / W_ - j);
     TileArgs<T, S> args{.c_stride = W_, .near = rows_at_once * b_.stride * static_cast<Index>(sizeof(S))};
     for (Index k = 0; k < rows.depth; k += rows_at_once) {
       args.depth = std::min(rows_at_once, rows.depth - k);
-      args.store = k == 0 ? store : Store::accumulate;
+      args.store = k == 0 ? Store::overwrite : Store::accumulate;
       const auto sweep = [&](const S* b, Index stride, Index panel, Index panels) {
         args.b = b;
         args.b_stride = stride;
@@ -233,100 +231,20 @@ class RowMajor {
   Index W_ = kernels<T>().tile_cols;
 };
 
-// Columns [col, col + cols) of the transpose of a row-major matrix: rows of that matrix, staged and transposed.
-template <class T, class S>
-class Transposed {
- public:
-  using Stage = numoe::Stage<S>;
-
-  Transposed(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
-
-  Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index, Index) const { return std::min(Index{8}, count()); }
-  Index panels_in_block(Index) const { return 1; }
-  Index depth_of_block(Index) const { return block_depth; }
-  Stage stage() const { return Stage(W_ * Stage::pitch(block_depth)); }
-
-  // k [k, k + depth) of panel j.
-  Block<S> block(Index j, Index, Index k, Index depth) const {
-    const Index here = std::min(depth, b_.cols - k);
-    return {b_.row(col_ + j * W_) + k, b_.stride, std::min(W_, cols_ - j * W_), here, here};
-  }
-  void set_panel(TileArgs<T>& args, const S* staged, Index j, Index, Index) const {
-    const Index pitch = Stage::pitch(args.depth), valid = std::min(W_, cols_ - j * W_);
-    const T* rows;
-    if constexpr (std::is_same_v<S, T>) {
-      rows = staged;
-    } else {
-      T* wide = scratch<T, 2>(W_ * pitch);
-      kernels<T>().widen(valid, args.depth, staged, pitch, wide, pitch);
-      rows = wide;
-    }
-    T* panel = scratch<T, 0>(block_depth * W_);
-    kernels<T>().transpose_rows(args.depth, valid, rows, pitch, panel);
-    args.b = panel;
-    args.b_stride = W_;
-    args.near = one_cache_away;
-  }
-
-  // c (+)= rows · panels [j, j + count) for few tiles, which do not take long enough to carry anything.
-  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Store store, T* c) const {
-    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
-    TileArgs<T> args{.b_stride = W_, .c_stride = W_};
-    for (Index p = 0; p < count; ++p) {
-      for (Index k = 0; k < rows.depth; k += block_depth) {
-        args.depth = std::min(block_depth, rows.depth - k);
-        args.store = k == 0 ? store : Store::accumulate;
-        args.b = panel(j + p, k, args.depth);
-        args.ahead.at = args.b;
-        for (Index i = range.begin; i < range.end; ++i) {
-          const Index height = rows.tiles.height(i);
-          args.a = rows.tile(i) + k * height;
-          args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
-          kernels<T>().tile(height, args);
-        }
-      }
-    }
-  }
-
- private:
-  // k [k, k + depth) of panel j.
-  const T* panel(Index j, Index k, Index depth) const {
-    const T* columns[max_tile_cols];
-    const Index valid = std::min(W_, cols_ - j * W_);
-    const S* source = b_.row(col_ + j * W_) + k;
-    if constexpr (std::is_same_v<S, T>) {
-      for (Index i = 0; i < valid; ++i) columns[i] = source + i * b_.stride;
-    } else {
-      T* wide = scratch<T, 2>(W_ * depth);
-      kernels<T>().widen(valid, depth, source, b_.stride, wide, depth);
-      for (Index i = 0; i < valid; ++i) columns[i] = wide + i * depth;
-    }
-    T* const packed = scratch<T, 0>(depth * W_);
-    kernels<T>().transpose(depth, valid, columns, packed, W_);
-    return packed;
-  }
-
-  MatrixView<const S> b_;
-  Index col_, cols_;
-  Index W_ = kernels<T>().tile_cols;
-};
-
 // ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// c (+)= rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
+// c [rows][W] = rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
 //
 // Arguments are changed field by field: a struct that is written in parts and copied as a whole would wait for every
 // store before it, streamed ones included.
 template <class T, class S>
-void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, Store store,
-                    T* c, Index c_stride) {
+void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, T* c) {
   constexpr Index one_memory_away = 3072;
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
-  TileArgs<T> wide{.c_stride = c_stride};
-  TileArgs<T, bfloat16> narrow{.c_stride = c_stride};
-  wide.b_stride = kernel.tile_cols;
+  const Index width = kernel.tile_cols;
+  TileArgs<T> wide{.b_stride = width, .c_stride = width};
+  TileArgs<T, bfloat16> narrow{.c_stride = width};
   wide.near = narrow.near = n == 1 ? one_memory_away : one_cache_away;
   for (Index k = 0; k < rows.depth; k += block_depth) {
     const Index depth = std::min(block_depth, rows.depth - k);
@@ -334,11 +252,11 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
     const NextBlock next = source.after(j, k, depth, n);
     const auto multiply = [&](auto& args, auto tile) {
       args.depth = depth;
-      args.store = k == 0 ? store : Store::accumulate;
+      args.store = k == 0 ? Store::overwrite : Store::accumulate;
       for (Index i = range.begin; i < range.end; ++i) {
         const Index height = rows.tiles.height(i);
         args.a = rows.tile(i) + k * height;
-        args.c = c + (rows.tiles.begin(i) - first) * c_stride;
+        args.c = c + (rows.tiles.begin(i) - first) * width;
         args.ahead.at = next.at(i - range.begin);
         args.ahead.step = next.step(i - range.begin);
         tile(height, args);
@@ -352,38 +270,30 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       multiply(wide, rows.pairs ? kernel.tile_dot : kernel.tile);
     }
   }
-  if (rows.depth == 0 && store != Store::accumulate) {
-    for (Index r = 0; r < rows.tiles.begin(range.end) - first; ++r) {
-      std::fill_n(c + r * c_stride, kernel.tile_cols, T(0));
-    }
-  }
 }
 
-// The blocks in which staged panels are multiplied: `depth` numbers along k, and at each k some panels after the other.
+// The blocks in which staged panels are multiplied: `depth` numbers along k of some panels.
 template <class Source>
 struct BlockOfPanels {
   Panels<Source> panels;
   Index depth;
-  Index k = 0, first = 0;  // the block's first panel is panels.begin + first
+  Index k = 0;
 
-  bool starts() const { return k == 0 && first == 0; }
-  Index count() const { return std::min(panels.source->panels_in_block(panels.count), panels.count - first); }
   typename Source::Stage::Rows rows() const {
     if (!panels.source) return {};
-    return panels.source->block(panels.begin + first, count(), k, depth);
+    return panels.source->block(panels.begin, panels.count, k, depth);
   }
   // The block after this one, if k goes on to `end`; else the first one of `next`.
   BlockOfPanels after(Index end, Panels<Source> next) const {
-    if (first + count() < panels.count) return {panels, depth, k, first + count()};
-    if (k + depth < end) return {panels, depth, k + depth, 0};
+    if (k + depth < end) return {panels, depth, k + depth};
     return {next, depth};
   }
 };
 
-// c (+)= rows · staged panels; the tiles carry the block after theirs: of these panels, then of `next`.
+// c = rows · staged panels; the tiles carry the block after theirs: of these panels, then of `next`.
 template <class T, class Source>
 void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, TileRange range, Panels<Source> panels,
-                     Panels<Source> next, Store store, T* c) {
+                     Panels<Source> next, T* c) {
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin);
   const Index size = (rows.tiles.begin(range.end) - first) * kernel.tile_cols;
@@ -392,38 +302,38 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
   do {
     const BlockOfPanels<Source> coming = now.after(rows.depth, next);
     const auto* staged = stage.take(now.rows());
-    stage.prepare(coming.rows(), now.count() * range.count());
+    stage.prepare(coming.rows(), panels.count * range.count());
     args.depth = std::min(now.depth, rows.depth - now.k);
-    args.store = now.k == 0 ? store : Store::accumulate;
-    for (Index p = 0; p < now.count(); ++p) {
-      panels.source->set_panel(args, staged, panels.begin + now.first, now.count(), p);
+    args.store = now.k == 0 ? Store::overwrite : Store::accumulate;
+    for (Index p = 0; p < panels.count; ++p) {
+      panels.source->set_panel(args, staged, panels.count, p);
       for (Index i = range.begin; i < range.end; ++i) {
         const Index height = rows.tiles.height(i);
         args.a = rows.tile(i) + now.k * height;
-        args.c = c + (now.first + p) * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
+        args.c = c + p * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
         kernel.carrying_tile(height, args, stage.next_share());
       }
     }
     now = coming;
-  } while (!now.starts());
+  } while (now.k != 0);
 }
 
-// c (+)= rows · panels; c is [count][rows][W].  `next`: what the same rows are multiplied by afterwards, if anything.
+// c = rows · panels; c is [count][rows][W].  `next`: what the same rows are multiplied by afterwards, if anything.
 template <class T, class Source>
 void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, TileRange range, Panels<Source> panels,
-                     Panels<Source> next, Store store, T* c) {
+                     Panels<Source> next, T* c) {
   const Index width = kernels<T>().tile_cols;
   const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
   if constexpr (requires { &Source::depth_of_block; }) {
     if (few(range.count())) {
-      return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, store, c);
+      return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, c);
     }
-    multiply_staged(stage, rows, range, panels, next, store, c);
+    multiply_staged(stage, rows, range, panels, next, c);
   } else if (panels.count > 1) {
-    panels.source->multiply_side_by_side(rows, range.begin, panels.begin, panels.count, store, c);
+    panels.source->multiply_side_by_side(rows, range.begin, panels.begin, panels.count, c);
   } else {
     for (Index p = 0; p < panels.count; ++p) {
-      multiply_panel(rows, range, *panels.source, panels.begin + p, store, c + p * size, width);
+      multiply_panel(rows, range, *panels.source, panels.begin + p, c + p * size);
     }
   }
 }

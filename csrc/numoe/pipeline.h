@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -34,15 +33,6 @@ std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index n
   }
   return ranges;
 }
-
-// One product in a sum of products.
-template <class T, class Source>
-struct Term {
-  const PackedRows<T>& rows;
-  const Source& source;
-};
-template <class T, class Source>
-Term(const PackedRows<T>&, const Source&) -> Term<T, Source>;
 
 template <class T>
 class Pipeline {
@@ -105,26 +95,17 @@ class Pipeline {
     for (Index i = 0; i < passes; ++i) body(TileRange{i * count / passes, (i + 1) * count / passes});
   }
 
-  // use(row, col, sums) for every panel of Σ rows · source: `sums` are those of rows [row, ..) and columns [col, ..).  All
-  // terms have the same row tiles and `cols` columns.
+  // use(row, col, sums) for every panel of rows · source: `sums` are those of rows [row, ..) and columns [col, ..).
   template <class Source, class Use>
-  void for_panels(std::initializer_list<Term<T, Source>> terms, Index cols, Use use) const {
-    const Term<T, Source>* const term = terms.begin();
-    const RowTiles& row_tiles = term->rows.tiles;
-    auto stage = term->source.stage();
-    for_passes(row_tiles, [&](TileRange pass) {
-      const Index row = row_tiles.begin(pass.begin), height = row_tiles.begin(pass.end) - row;
-      const Index at_once = term->source.panels_at_once(pass.count(), height);
-      const bool again = pass.end < row_tiles.count();
+  void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use use) const {
+    auto stage = source.stage();
+    for_passes(rows.tiles, [&](TileRange pass) {
+      const Index row = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - row;
+      const Index at_once = source.panels_at_once(pass.count(), height);
+      const bool again = pass.end < rows.tiles.count();
       T* sums = scratch<T, 1>(at_once * height * W_);
       for (Index j = 0; j * W_ < cols; j += at_once) {
-        for (std::size_t i = 0; i < terms.size(); ++i) {
-          const bool last = i + 1 == terms.size();
-          const auto now = some_panels(term[i].source, j, at_once);
-          const auto next =
-              last ? panels_after(term->source, j, at_once, again) : some_panels(term[i + 1].source, j, at_once);
-          multiply_panels(stage, term[i].rows, pass, now, next, i == 0 ? Store::overwrite : Store::accumulate, sums);
-        }
+        multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again), sums);
         for (Index p = 0; p < at_once && (j + p) * W_ < cols; ++p) {
           const Index col = (j + p) * W_;
           use(row, col, MatrixView<T>{sums + p * height * W_, height, std::min(W_, cols - col), W_});

@@ -42,7 +42,8 @@ struct Carry {
 template <class T, class B = T>
 struct TileArgs {
   Index depth = 0;
-  const T* a = nullptr;  // packed [depth][rows]
+  const T* a = nullptr;  // packed [depth][rows], or rows where they are
+  Index a_stride = 0;    // from one of those to the next
   const B* b = nullptr;  // row k starts at b + k * b_stride
   Index b_stride = 0;    // W for a panel
   T* c = nullptr;        // row r starts at c + r * c_stride
@@ -88,6 +89,9 @@ struct Kernels {
   void (*tile)(Index rows, const TileArgs<T>&);  // rows <= R
   // tile for one panel after the other; nothing is asked `ahead`.
   void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
+  // sweeping_tile with rows that are not packed: a[r * a_stride + k].  The last panel is computed up to column `last`, W or
+  // W / 2.  While the tile passes over the first one, it asks for what is `ahead`.
+  void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last);
   // tile for all panels at every k, which reads as many streams of memory: rows * panels <= R, at most max_side_by_side
   // panels.  Nothing is asked for: the hardware does better where it follows several streams.
   void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
@@ -122,10 +126,6 @@ struct Kernels {
   // packed[k * stride + r] = row[r][k] for r < rows, k < depth.  stride = rows: a tile's a.  stride = W: the columns of a
   // panel, padded with zeros.
   void (*transpose)(Index depth, Index rows, const T* const* row, T* packed, Index stride);
-
-  // A whole panel of rows a fixed pitch apart: packed[k * W + r] = a[r * pitch + k] for r < rows, else 0.  All W rows can
-  // be read, and the pitch is an odd number of lines.
-  void (*transpose_rows)(Index depth, Index rows, const T* a, Index pitch, T* packed);
 
   void (*stream_end)();  // after the last Store::stream, before anybody else may read
 

@@ -141,6 +141,51 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
   }
 }
 
+// One panel, of which the first `vectors` vectors are computed.
+template <class T, int N, int R, int vectors>
+inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead, Index step) {
+  using V = Lanes<T, N>;
+  const T* a = args.a;
+  const Index stride = args.a_stride, near = args.near;
+  V sums[R][vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      sums[r][v] = args.store == Store::accumulate ? load<V>(c + r * args.c_stride + v * N) : V{};
+    }
+  }
+  for (Index k = args.depth; k > 0; --k, ++a, b += 2 * N, ahead += step) {
+    ask_near<2 * N * sizeof(T)>(b, near);
+    __builtin_prefetch(ahead, 0, 2);
+    V columns[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) columns[v] = load<V>(b + v * N);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * stride] * columns[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(c + r * args.c_stride + v * N, sums[r][v]);
+  }
+}
+template <class T, int N, int R>
+void unpacked_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
+  const T* b = args.b;
+  T* c = args.c;
+  const char* ahead = static_cast<const char*>(args.ahead.at);
+  Index step = args.ahead.step;
+  const Index whole = neighbours.panels - (last == N ? 1 : 0);
+  for (Index p = 0; p < whole; ++p, b += neighbours.b_step, c += neighbours.c_step, step = 0) {
+    unpacked_panel<T, N, R, 2>(args, b, c, ahead, step);
+  }
+  if (last == N) unpacked_panel<T, N, R, 1>(args, b, c, ahead, step);
+}
+
 template <class Elements, class T, int N, int R, int P>
 void broad_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbours) {
   using V = Lanes<T, N>;
@@ -317,6 +362,9 @@ struct Tile {
   static void run_sweeping_narrow(Index rows, const TileArgs<T, bfloat16>& args, const Neighbours& neighbours) {
     sweeping_heights<bfloat16>(all)[rows - 1](args, neighbours);
   }
+  static void run_unpacked(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
+    unpacked_heights(all)[rows - 1](args, neighbours, last);
+  }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
     broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
   }
@@ -340,6 +388,7 @@ struct Tile {
   using Bf16Function = void (*)(const TileArgs<T, bfloat16>&);
   template <class B>
   using NeighboursFunction = void (*)(const TileArgs<T, B>&, const Neighbours&);
+  using UnpackedFunction = void (*)(const TileArgs<T>&, const Neighbours&, Index last);
   using CarryingFunction = void (*)(const TileArgs<T>&, Carry&);
 
   template <class Elements, int... H>
@@ -355,6 +404,11 @@ struct Tile {
   template <class B, int... H>
   static const NeighboursFunction<B>* sweeping_heights(std::integer_sequence<int, H...>) {
     static constexpr NeighboursFunction<B> table[] = {sweeping_tile_of_height<T, B, N, H + 1>...};
+    return table;
+  }
+  template <int... H>
+  static const UnpackedFunction* unpacked_heights(std::integer_sequence<int, H...>) {
+    static constexpr UnpackedFunction table[] = {unpacked_tile_of_height<T, N, H + 1>...};
     return table;
   }
   template <class Elements, int P, int... H>

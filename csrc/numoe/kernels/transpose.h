@@ -121,17 +121,6 @@ void transpose(Index depth, Index rows, const T* const* row, T* packed, Index st
   }
 }
 
-// packed[k * W + r] = a[r * pitch + k] for r < rows <= W = 2N, else 0; W rows can be read.
-template <class T, int N>
-void transpose_rows(Index depth, Index rows, const T* a, Index pitch, T* packed) {
-  const T* const end = packed + depth * 2 * N;
-  transpose_lines<T, N>(depth, rows < N ? rows : N, a, pitch, packed, 2 * N, end);
-  if (rows > N) transpose_lines<T, N>(depth, rows - N, a + N * pitch, pitch, packed + N, 2 * N, end);
-  for (Index k = 0; rows < 2 * N && k < depth; ++k) {
-    for (Index r = rows; r < 2 * N; ++r) packed[k * 2 * N + r] = T(0);
-  }
-}
-
 // Rows of W = 2N numbers, `stride` apart, side by side: a panel of a row-major matrix.
 template <class T, int N>
 void copy_panel(Index depth, const T* b, Index stride, T* packed) {

@@ -1,0 +1,98 @@
+// Products with the transpose of a row-major matrix, rows · matrixᵀ, without transposing it.
+//
+// The matrix's rows are read where they are, as the rows of a tile, and the tokens' rows are its columns: what comes out is
+// the transpose of the result.  Each element is one sum over ascending k of the same products, so that its bits are those
+// of a tile the other way round.
+#pragma once
+
+#include <initializer_list>
+
+#include "numoe/packing.h"
+
+namespace numoe {
+
+// Rows of tokens as panels, packed [panel][depth][W], the last one padded with zeros.
+template <class T>
+struct TokenPanels {
+  const T* data;
+  Index rows, depth;
+
+  Index count() const { return num_panels(rows, width()); }
+  const T* panel(Index p) const { return data + p * depth * width(); }
+  static Index width() { return kernels<T>().tile_cols; }
+};
+
+// One product in a sum of products: rows (n, depth) · matrixᵀ, with matrix (columns of the result, depth).
+template <class T, class S>
+struct TransposedTerm {
+  TokenPanels<T> rows;
+  MatrixView<const S> matrix;
+
+  // Rows [begin, begin + count) of the matrix, in the type of the arithmetic.
+  MatrixView<const T> matrix_rows(Index begin, Index count) const {
+    const MatrixView<const S> here = matrix.row_range(begin, begin + count);
+    if constexpr (std::is_same_v<S, T>) {
+      return here;
+    } else {
+      T* wide = scratch<T, 2>(count * matrix.cols);
+      kernels<T>().widen(count, matrix.cols, here.data, here.stride, wide, matrix.cols);
+      return {wide, count, matrix.cols, matrix.cols};
+    }
+  }
+};
+
+// sums [panel][cols][W] (+)= the transpose of term.rows · term.matrixᵀ, columns [col, col + cols), for `count` panels of
+// tokens from `first` on, the last of them up to column `last`.
+template <class T, class S>
+void multiply_transposed(const TransposedTerm<T, S>& term, Index first, Index count, Index last, Index col, Index cols,
+                         Store store, T* sums) {
+  const Kernels<T>& kernel = kernels<T>();
+  const Index width = kernel.tile_cols;
+  const RowTiles tiles{cols, kernel.tile_rows};
+  const Neighbours neighbours{.panels = count, .b_step = term.rows.depth * width, .c_step = cols * width};
+  TileArgs<T> args{.depth = term.rows.depth, .b = term.rows.panel(first), .c_stride = width, .store = store};
+  for (Index i = 0; i < tiles.count(); ++i) {
+    const Index height = tiles.height(i), begin = col + tiles.begin(i);
+    const MatrixView<const T> rows = term.matrix_rows(begin, height);
+    args.a = rows.data;
+    args.a_stride = rows.stride;
+    args.c = sums + tiles.begin(i) * width;
+    args.ahead = {term.matrix.row(begin + height), height * static_cast<Index>(sizeof(S))};  // as much as this tile's rows
+    kernel.unpacked_tile(height, args, neighbours, last);
+  }
+}
+
+// use(row, col, sums) for all of Σ rows · matrixᵀ: `sums` are those of rows [row, ..) and at most W columns [col, ..).  All
+// terms have the same rows of tokens and columns.
+template <class T, class S, class Use>
+void for_transposed(std::initializer_list<TransposedTerm<T, S>> terms, Use use) {
+  constexpr Index cols_at_once = 96, rows_at_once = 256;  // whose sums fit a cache
+  const Index width = kernels<T>().tile_cols;
+  const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
+  T* sums = scratch<T, 1>(rows_at_once * (cols_at_once + width));
+  T* result = sums + rows_at_once * cols_at_once;
+  for (Index row = 0; row < rows; row += rows_at_once) {
+    const Index rows_here = std::min(rows_at_once, rows - row), panels = num_panels(rows_here, width);
+    const Index last = (rows_here - 1) % width < width / 2 ? width / 2 : width;
+    for (Index col = 0; col < cols; col += cols_at_once) {
+      const Index cols_here = std::min(cols_at_once, cols - col);
+      Store store = Store::overwrite;
+      for (const TransposedTerm<T, S>& term : terms) {
+        multiply_transposed(term, row / width, panels, last, col, cols_here, store, sums);
+        store = Store::accumulate;
+      }
+      for (Index j = 0; j < cols_here; j += width) {
+        const Index valid = std::min(width, cols_here - j);
+        for (Index p = 0; p < panels; ++p) {
+          const T* columns[max_tile_cols];
+          for (Index i = 0; i < valid; ++i) columns[i] = sums + (p * cols_here + j + i) * width;
+          const Index here = std::min(width, rows_here - p * width);
+          kernels<T>().transpose(here, valid, columns, result + p * width * width, width);
+        }
+        use(row, col + j, MatrixView<T>{result, rows_here, valid, width});
+      }
+    }
+  }
+}
+
+}  // namespace numoe
