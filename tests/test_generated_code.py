@@ -90,14 +90,14 @@ def functions() -> tuple[Function, ...]:
     return tuple(Function(name, file, tuple(code)) for file, name, code in found_names)
 
 
-TILE = re.compile(r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_)?tile(_bf16)?_of_height<(.*)>\(")
+TILE = re.compile(r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_|unpacked_)?tile(_bf16)?_of_height<(.*)>\(")
 REGISTERS = {  # and their bytes
     "avx512_bf16": ("zmm", 64),
     "avx512": ("zmm", 64),
     "avx2": ("ymm", 32),
     "portable": ("xmm", 16),
 }
-WAYS = ("", " while carrying", " while streaming", " while sweeping", " side by side")
+WAYS = ("", " while carrying", " while streaming", " while sweeping", " side by side", " on unpacked rows")
 NUMBERS = {"Pairs<": "bfloat16 dots", "bfloat16": "bfloat16 rows", "double": "float64"}  # by template arguments
 WEIGHTS = (
     "bfloat16",
@@ -118,7 +118,7 @@ class Tile:
 
     @functools.cached_property
     def hot_loops(self) -> list[tuple[Instruction, ...]]:
-        """The innermost loops that multiply; in tiles that carry lines the one with a line in it comes first."""
+        """The innermost loops that multiply: with a line and without, of whole panels and half ones, or the only one."""
         code = self.function.code
         jumps = [(i.jumps_to, i.address) for i in code if i.jumps_to is not None]
         loops = [(a, b) for a, b in jumps if code[0].address <= a <= b]
@@ -152,7 +152,8 @@ def tile_of(function: Function) -> Tile | None:
     way, bf16, template = match.groups()
     *_, height, last = f"{template}, ".split(", ")[:-1] if way in ("carrying_", "broad_") else f"{template}, 1".split(", ")
     numbers = "bfloat16" if bf16 else next((kind for mark, kind in NUMBERS.items() if mark in template), "float32")
-    ways = {"carrying_": WAYS[2] if last == "true" else WAYS[1], "sweeping_": WAYS[3], "broad_": WAYS[4], None: WAYS[0]}
+    ways = {None: WAYS[0], "sweeping_": WAYS[3], "broad_": WAYS[4], "unpacked_": WAYS[5]}
+    ways["carrying_"] = WAYS[2] if last == "true" else WAYS[1]
     return Tile(numbers + ways[way], int(height), int(last) if way == "broad_" else 1, function)
 
 
@@ -189,9 +190,11 @@ def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, we
         multiply = "vdpbf16ps"
     for tile in tiles(target, weights):
         name = tile.function.name
-        assert len(tile.hot_loops) == (2 if weights.endswith(WAYS[1:3]) else 1), name
-        for products in map(multiplications, tile.hot_loops):
-            assert len(products) % (steps * tile.height * tile.panels * columns) == 0, name  # more often if unrolled
+        parts = [1, columns] if weights.endswith(WAYS[5]) else [columns] * (2 if weights.endswith(WAYS[1:3]) else 1)
+        loops = sorted(map(multiplications, tile.hot_loops), key=len)
+        assert len(loops) == len(parts), name
+        for products, vectors in zip(loops, parts, strict=True):  # more often than once if unrolled
+            assert len(products) % (steps * tile.height * tile.panels * vectors) == 0, name
             for product in products:
                 assert re.fullmatch(multiply, product.mnemonic), (name, product)
                 assert re.search(rf"%{register}\d+$", product.operands), (name, product)

@@ -198,7 +198,7 @@ template <class T, int N>
 
 // 1 / (1 + e⁻ˣ)
 template <class T, int N>
-inline Lanes<T, N> sigmoid(Lanes<T, N> x) {
+[[gnu::always_inline]] inline Lanes<T, N> sigmoid(Lanes<T, N> x) {
   return T(1) / (T(1) + exp<T, N>(-x));
 }
 

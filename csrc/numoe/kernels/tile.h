@@ -143,10 +143,11 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
 
 // One panel, of which the first `vectors` vectors are computed.
 template <class T, int N, int R, int vectors>
-inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead, Index step) {
+[[gnu::always_inline]] inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead, Index step) {
   using V = Lanes<T, N>;
+  constexpr Index near = 1024;
   const T* a = args.a;
-  const Index stride = args.a_stride, near = args.near;
+  const Index stride = args.a_stride;
   V sums[R][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -161,10 +162,12 @@ inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char
     V columns[vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) columns[v] = load<V>(b + v * N);
+    const T* row = a;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
+      if (r > 0 && r % 4 == 0) row = forget(row + 4 * stride);  // few addresses, or they would not fit the registers
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * stride] * columns[v];
+      for (int v = 0; v < vectors; ++v) sums[r][v] += row[r % 4 * stride] * columns[v];
     }
   }
 #pragma GCC unroll 16
