@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import dots
 import numoe
 import numpy as np
 import pytest
@@ -177,6 +178,23 @@ def test_odd_widths(width: int) -> None:
     numoe.set_num_threads(3)
     assert_bitwise_equal(layer(x), expected)
     assert_bitwise_equal(np.stack([layer(token) for token in x]), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_every_number_of_rows_gives_a_token_the_same_bits(dtype: str) -> None:
+    """Rows of an expert decide which tile takes them, how many panels it reads at once, and where a panel ends."""
+    layer = numoe.MoELayer(d_model=150, d_ff=205, num_experts=1, top_k=1, dtype=dtype, rng=0)
+    packed, x = layer.pack(), tokens(layer, 100)
+    dy = tokens(layer, 100, seed=2)
+    whole, y = layer.forward(x), packed(x)
+    dx = layer.backward(dy, whole).x
+    for count in (*range(1, 71), 97):
+        part = layer.forward(x[:count])
+        assert_bitwise_equal(part.y, whole.y[:count], name=f"y of {count}")
+        assert_bitwise_equal(packed(x[:count]), y[:count], name=f"packed y of {count}")
+        assert_bitwise_equal(layer.backward(dy[:count], part).x, dx[:count], name=f"dx of {count}")
+    if dtype != "bfloat16" or not dots.USED:  # dot products round
+        assert_bitwise_equal(y, whole.y)
 
 
 if __name__ == "__main__":

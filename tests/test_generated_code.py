@@ -90,7 +90,9 @@ def functions() -> tuple[Function, ...]:
     return tuple(Function(name, file, tuple(code)) for file, name, code in found_names)
 
 
-TILE = re.compile(r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_|unpacked_)?tile(_bf16)?_of_height<(.*)>\(")
+TILE = re.compile(
+    r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_|unpacked_)?tile(_bf16)?_of_height<(.*)>\("
+)
 REGISTERS = {  # and their bytes
     "avx512_bf16": ("zmm", 64),
     "avx512": ("zmm", 64),
@@ -118,7 +120,7 @@ class Tile:
 
     @functools.cached_property
     def hot_loops(self) -> list[tuple[Instruction, ...]]:
-        """The innermost loops that multiply: with a line and without, of whole panels and half ones, or the only one."""
+        """The innermost loops that multiply: with a line and without; of whole panels and of half ones; or just one."""
         code = self.function.code
         jumps = [(i.jumps_to, i.address) for i in code if i.jumps_to is not None]
         loops = [(a, b) for a, b in jumps if code[0].address <= a <= b]
@@ -150,11 +152,12 @@ def tile_of(function: Function) -> Tile | None:
     if match is None:
         return None
     way, bf16, template = match.groups()
-    *_, height, last = f"{template}, ".split(", ")[:-1] if way in ("carrying_", "broad_") else f"{template}, 1".split(", ")
+    arguments = template.split(", ")  # the height is the last one, before panels side by side, or "past the caches"
+    extra = arguments.pop() if way in ("broad_", "carrying_") else ""
     numbers = "bfloat16" if bf16 else next((kind for mark, kind in NUMBERS.items() if mark in template), "float32")
     ways = {None: WAYS[0], "sweeping_": WAYS[3], "broad_": WAYS[4], "unpacked_": WAYS[5]}
-    ways["carrying_"] = WAYS[2] if last == "true" else WAYS[1]
-    return Tile(numbers + ways[way], int(height), int(last) if way == "broad_" else 1, function)
+    ways["carrying_"] = WAYS[2] if extra == "true" else WAYS[1]
+    return Tile(numbers + ways[way], int(arguments[-1]), int(extra) if way == "broad_" else 1, function)
 
 
 def tiles(target: str, weights: str) -> list[Tile]:
@@ -209,9 +212,7 @@ def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> No
 
 
 # The loops that measure a CPU: their callers ask for the CPU's features, as those of the targets do.
-PROBES = re.compile(
-    r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<.*>\(.*"
-)
+PROBES = re.compile(r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<.*>\(.*")
 BEYOND_AVX2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 
 

@@ -95,7 +95,8 @@ class Backward : Pipeline<Compute<S>> {
         range, [&](Index e) { return (dispatch_.rows(e) + rows_per_task - 1) / rows_per_task; },
         [&](Index e, Index piece) {
           const Index first = piece * rows_per_task, count = std::min(rows_per_task, dispatch_.rows(e) - first);
-          pack_panels(transposed(rows(e)), depth, first, count, W_, packed + panels_start(range, e, depth) + first * depth);
+          pack_panels(transposed(rows(e)), depth, first, count, W_,
+                      packed + panels_start(range, e, depth) + first * depth);
         });
   }
 
@@ -114,7 +115,8 @@ class Backward : Pipeline<Compute<S>> {
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
           const Index col = piece * block, cols = std::min(block, F_ - col);
-          const TransposedTerm<T, S> down{token_panels(dout.data(), range, e, D_), w_.down[e].row_range(col, col + cols)};
+          const TransposedTerm<T, S> down{token_panels(dout.data(), range, e, D_),
+                                          w_.down[e].row_range(col, col + cols)};
           for_transposed({down}, [&](Index row, Index panel_col, MatrixView<T> sums) {
             T* target = dh + start(range, e, F_) + row * F_ + col + panel_col;
             for (Index r = 0; r < sums.rows; ++r) copy_run(sums.row(r), sums.cols, target + r * F_);
@@ -176,9 +178,7 @@ class Backward : Pipeline<Compute<S>> {
   void outer_products(const ExpertRange& range, Left left, Index m, Right right, Index n, Tensor3View<T> dw) {
     constexpr Index large = Index{8} << 20;  // bytes that would only push useful things out of the caches
     const bool streams = dw.count * m * n * static_cast<Index>(sizeof(T)) > large;
-    const Store store = grads_.store == GradStore::accumulate ? Store::add
-                        : streams                             ? Store::stream
-                                                              : Store::overwrite;
+    const Store store = grads_.store == GradStore::accumulate ? Store::add : streams ? Store::stream : Store::overwrite;
     const Index padded = num_panels(n, W_) * W_, cols_at_once = 8 * W_;
     Workspace<T, 7> panels(rows_of(range) * padded);
     this->for_pieces(

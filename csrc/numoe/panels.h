@@ -104,12 +104,8 @@ class PackedPanels {
     const Index height = rows.tiles.height(tile);
     const auto multiply = [&](auto kernel, auto* b) {
       using B = std::remove_const_t<std::remove_pointer_t<decltype(b)>>;
-      const TileArgs<T, B> args{.depth = rows.depth,
-                                .a = rows.tile(tile),
-                                .b = b,
-                                .b_stride = W_,
-                                .c = c,
-                                .c_stride = W_};
+      const TileArgs<T, B> args{
+          .depth = rows.depth, .a = rows.tile(tile), .b = b, .b_stride = W_, .c = c, .c_stride = W_};
       kernel(height, args, {.panels = count, .b_step = step_, .c_step = height * W_});
     };
     const S* panel = data_ + j * step_;

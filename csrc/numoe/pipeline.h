@@ -105,7 +105,8 @@ class Pipeline {
       const bool again = pass.end < rows.tiles.count();
       T* sums = scratch<T, 1>(at_once * height * W_);
       for (Index j = 0; j * W_ < cols; j += at_once) {
-        multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again), sums);
+        multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again),
+                        sums);
         for (Index p = 0; p < at_once && (j + p) * W_ < cols; ++p) {
           const Index col = (j + p) * W_;
           use(row, col, MatrixView<T>{sums + p * height * W_, height, std::min(W_, cols - col), W_});

@@ -53,7 +53,7 @@ struct TileArgs {
   Ahead ahead = {};
 };
 
-// Several panels in one call, as far apart as their sums: numbers from one to the next.
+// Several panels in one call: how many numbers it is from one to the next, and from its sums to the next ones.
 struct Neighbours {
   Index panels = 1, b_step = 0, c_step = 0;
 };

@@ -143,7 +143,8 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
 
 // One panel, of which the first `vectors` vectors are computed.
 template <class T, int N, int R, int vectors>
-[[gnu::always_inline]] inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead, Index step) {
+[[gnu::always_inline]] inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead,
+                                                  Index step) {
   using V = Lanes<T, N>;
   constexpr Index near = 1024;
   const T* a = args.a;
