@@ -67,11 +67,23 @@ class Backward : Pipeline<Compute<S>> {
     cache_ = {cache.gate, cache.up};
   }
 
+  // Whether gradients are so many bytes that they would only push useful things out of the caches.
+  static bool large(const Tensor3View<T>& dw) {
+    constexpr Index most = Index{8} << 20;
+    return dw.count * dw.rows * dw.cols * static_cast<Index>(sizeof(T)) > most;
+  }
+
   void clear_idle_experts() {
     parallel_for(w_.num_experts(), [&](Index e) {
       if (dispatch_.rows(e) != 0) return;
       for (const Tensor3View<T>& dw : {grads_.gate, grads_.up, grads_.down}) {
-        if (dw) std::fill_n(dw[e].data, dw.rows * dw.cols, T(0));
+        if (!dw) continue;
+        const MatrixView<T> zeros = dw[e];
+        if (large(dw)) {
+          kernel_.stream_zeros(zeros.rows * zeros.cols, zeros.data);
+        } else {
+          std::fill_n(zeros.data, zeros.rows * zeros.cols, T(0));
+        }
       }
       for (const MatrixView<T>& db : {grads_.gate_bias, grads_.up_bias, grads_.down_bias}) {
         if (db) std::fill_n(db.row(e), db.cols, T(0));
@@ -176,9 +188,9 @@ class Backward : Pipeline<Compute<S>> {
   // dw[e] = left(e)ᵀ · right(e), a sum over the expert's rows in order
   template <class Left, class Right>
   void outer_products(const ExpertRange& range, Left left, Index m, Right right, Index n, Tensor3View<T> dw) {
-    constexpr Index large = Index{8} << 20;  // bytes that would only push useful things out of the caches
-    const bool streams = dw.count * m * n * static_cast<Index>(sizeof(T)) > large;
-    const Store store = grads_.store == GradStore::accumulate ? Store::add : streams ? Store::stream : Store::overwrite;
+    const Store store = grads_.store == GradStore::accumulate ? Store::add
+                        : large(dw)                           ? Store::stream
+                                                              : Store::overwrite;
     const Index padded = num_panels(n, W_) * W_, cols_at_once = 8 * W_;
     Workspace<T, 7> panels(rows_of(range) * padded);
     this->for_pieces(

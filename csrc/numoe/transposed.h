@@ -63,13 +63,22 @@ void multiply_transposed(const TransposedTerm<T, S>& term, Index first, Index co
   }
 }
 
+// Whole panels of tokens, two at least, that stay in a cache while all tiles of the matrix pass over them.
+template <class T>
+Index rows_in_cache(Index depth) {
+  constexpr Index cache = Index{512} << 10;  // bytes
+  const Index width = kernels<T>().tile_cols;
+  return std::max<Index>(2, cache / (depth * width * static_cast<Index>(sizeof(T)))) * width;
+}
+
 // use(row, col, sums) for all of Σ rows · matrixᵀ: `sums` are those of rows [row, ..) and at most W columns [col, ..).  All
 // terms have the same rows of tokens and columns.
 template <class T, class S, class Use>
 void for_transposed(std::initializer_list<TransposedTerm<T, S>> terms, Use use) {
-  constexpr Index cols_at_once = 96, rows_at_once = 256;  // whose sums fit a cache
+  constexpr Index cols_at_once = 96, most_rows = 256;  // whose sums fit a cache
   const Index width = kernels<T>().tile_cols;
   const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
+  const Index rows_at_once = std::min(most_rows, rows_in_cache<T>(terms.begin()->rows.depth));
   T* sums = scratch<T, 1>(rows_at_once * (cols_at_once + width));
   T* result = sums + rows_at_once * cols_at_once;
   for (Index row = 0; row < rows; row += rows_at_once) {

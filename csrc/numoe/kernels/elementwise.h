@@ -136,6 +136,15 @@ T activate_backward(Activation activation, Index n, T weight, const T* pre, cons
 }
 
 template <class T, int N>
+void stream_zeros(Index n, T* p) {
+  using V = Lanes<T, N>;
+  for (; n > 0 && reinterpret_cast<std::uintptr_t>(p) % sizeof(V) != 0; --n, ++p) *p = T(0);
+  for (; n >= N; n -= N, p += N) stream(p, V{});
+  for (; n > 0; --n, ++p) *p = T(0);
+  stream_end();
+}
+
+template <class T, int N>
 void axpy(Index n, T alpha, const T* x, T* y) {
   for_lanes<N>(n, [=](Index i, int count) {
     store_some<T, N>(y + i, load_some<T, N>(y + i, count) + alpha * load_some<T, N>(x + i, count), count);
@@ -190,6 +199,7 @@ constexpr Kernels<T> make_kernels() {
                    .widen_panel = nullptr,
                    .transpose = transpose<T, N>,
                    .stream_end = stream_end,
+                   .stream_zeros = stream_zeros<T, N>,
                    .activate = activate<T, N>,
                    .activate_backward = activate_backward<T, N>,
                    .axpy = axpy<T, N>,

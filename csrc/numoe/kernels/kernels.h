@@ -127,7 +127,8 @@ struct Kernels {
   // panel, padded with zeros.
   void (*transpose)(Index depth, Index rows, const T* const* row, T* packed, Index stride);
 
-  void (*stream_end)();  // after the last Store::stream, before anybody else may read
+  void (*stream_end)();                 // after the last Store::stream, before anybody else may read
+  void (*stream_zeros)(Index n, T* p);  // p[0..n) = 0 past the caches, for everybody to read
 
   // h = act(pre) * linear, possibly in place; linear == nullptr: h = act(pre).
   void (*activate)(Activation, Index n, const T* pre, const T* linear, T* h);
