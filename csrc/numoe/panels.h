@@ -1,6 +1,6 @@
 // Where the panels of a product come from, and the loops of tiles over them.
 //
-//   PackedPanels   panels that are packed already: weights of a PackedExperts, or somebody's scratch
+//   PackedPanels   panels that are packed already: weights of a PackedExperts
 //   RowMajor       a row-major matrix whose owner may change it between calls
 //
 // Every product is cut along k into blocks that stay in a cache while all row tiles pass over them; the tiles of one

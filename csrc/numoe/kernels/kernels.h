@@ -90,7 +90,7 @@ struct Kernels {
   // tile for one panel after the other; nothing is asked `ahead`.
   void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
   // sweeping_tile with rows that are not packed: a[r * a_stride + k].  The last panel is computed up to column `last`, W or
-  // W / 2.  While the tile passes over the first one, it asks for what is `ahead`.
+  // W / 2.  While the tile passes over the first one, it asks for what is `ahead`.  Store::overwrite or accumulate.
   void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last);
   // tile for all panels at every k, which reads as many streams of memory: rows * panels <= R, at most max_side_by_side
   // panels.  Nothing is asked for: the hardware does better where it follows several streams.
@@ -99,8 +99,8 @@ struct Kernels {
   void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&);
   void (*carry)(Carry&);
 
-  // The same with a bfloat16 panel, widened in registers: b is [depth/2][W][2], pairs of k side by side, the last k of
-  // an odd depth paired with 0; b_stride is ignored.  Absent for double.
+  // tile and broad_tile with bfloat16 panels, widened in registers: b is [depth/2][W][2], pairs of k side by side, the
+  // last k of an odd depth paired with 0; b_stride is ignored.  Absent for double.
   void (*tile_bf16)(Index rows, const TileArgs<T, bfloat16>&);
   void (*broad_tile_bf16)(Index rows, const TileArgs<T, bfloat16>&, const Neighbours&);
   // sweeping_tile with rows of bfloat16 numbers, as a matrix has them.  Absent for double.
@@ -109,8 +109,8 @@ struct Kernels {
   // Dot products of bfloat16 pairs.  A pair is two numbers in the 32 bits of a T, that of the even k in the lower half.
   // Absent where the target has no instruction for them, and for double.
   //
-  // The tile with pairs instead of numbers in a and b, so that depth counts pairs: a bfloat16 panel is such a b.  Each
-  // pair adds the product of its odd k, then that of its even k; subnormal numbers count as 0.
+  // tile and broad_tile with pairs instead of numbers in a and b, so that depth counts pairs: a bfloat16 panel is such a
+  // b.  Each pair adds the product of its odd k, then that of its even k; subnormal numbers count as 0.
   void (*tile_dot)(Index rows, const TileArgs<T>&);
   void (*broad_tile_dot)(Index rows, const TileArgs<T>&, const Neighbours&);
   // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16 like round_to_bfloat16; the last of an odd n is
