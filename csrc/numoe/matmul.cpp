@@ -13,26 +13,19 @@ bool whole_lines(MatrixView<T> c) {
          c.cols * number % Carry::line == 0;
 }
 
-// Lines of a tile's sums.
-template <class T>
-Index lines_of_tile() {
-  return kernels<T>().tile_rows * kernels<T>().tile_cols * static_cast<Index>(sizeof(T)) / Carry::line;
-}
-
-// Whether large results had better go past the caches.  A tile's sums leave in a burst.  Those of AVX2 tiles are 6 lines
-// in 6 rows, which ordinary stores write as fast as memory takes them (streaming ones took 1.4 times as long, Zen 3);
-// 28 lines of AVX-512 are more than a core has under way, and hold up what comes after them (Skylake).
+// Whether large results had better go past the caches.  Few lines of sums leave by ordinary stores as fast as memory takes
+// them (streaming the 6 lines of an AVX2 tile took 1.4 times as long, Zen 3); many hold up what comes after them (28 lines
+// of AVX-512, Skylake).
 template <class T>
 bool pays_to_stream() {
-  constexpr Index lines_under_way = 12;
-  return lines_of_tile<T>() > lines_under_way;
+  return !kernels<T>().few_lines_of_sums();
 }
 
 // Whether a tile of `depth` k's can carry the sums of another: a line with every two k's.
 template <class T>
 bool tiles_can_carry(Index depth) {
   const bool whole = kernels<T>().tile_cols * static_cast<Index>(sizeof(T)) % Carry::line == 0;
-  return whole && depth >= 2 * lines_of_tile<T>();
+  return whole && depth >= 2 * kernels<T>().lines_of_sums();
 }
 
 // The tiles of `range` times all whole panels → c.  Each tile passes over as many panels as stay in a cache, so that rows

@@ -92,14 +92,35 @@ class PackedPanels {
       return {wide, nullptr};
     }
   }
-  // One tile of few rows reads several panels side by side: memory is faster that way.
+  // Few rows read several panels at once, because memory is faster that way: side by side, if a tile has registers for
+  // their sums, or in turns.
   Index panels_at_once(Index tiles, Index rows) const {
-    if (tiles > 1) return 1;
-    return std::clamp<Index>(kernels<T>().tile_rows / rows, 1, std::min(count_, max_side_by_side));
+    if (!few(tiles)) return 1;
+    const Index beside = kernels<T>().tile_rows / rows, turns = takes_turns() ? max_side_by_side : 1;
+    return std::clamp<Index>(beside > 1 ? beside : turns, 1, std::min(count_, max_side_by_side));
   }
   Stage stage() const { return {}; }
 
-  // c = rows · panels [j, j + count) for one tile; c is [count][rows][W].
+  // c = rows · panels [j, j + count) for few tiles; c is [count][rows][W].
+  void multiply_together(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+    const bool beside = range.count() == 1 && rows.tiles.height(range.begin) * count <= kernels<T>().tile_rows;
+    beside ? multiply_side_by_side(rows, range.begin, j, count, c) : multiply_in_turns(rows, range, j, count, c);
+  }
+  // Whatever lies next in memory is next to be read.
+  NextBlock after(Index j, Index k, Index depth, Index tiles) const {
+    const S* next = data_ + j * step_ + (k + depth) * W_;
+    const Index bytes = std::min(depth * W_, end_ - next) * static_cast<Index>(sizeof(S));
+    if (bytes <= 0) return {data_};
+    const Index steps = std::is_same_v<S, T> || !few(tiles) ? depth : (depth + 1) / 2;
+    return {next, bytes / tiles, bytes / (tiles * steps), tiles};
+  }
+
+ private:
+  // Whether tiles may put their sums aside every few k's.  None does so with narrow numbers or with pairs.
+  static bool takes_turns() {
+    return std::is_same_v<S, T> && !kernels<T>().tile_dot && kernels<T>().few_lines_of_sums();
+  }
+
   void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
     const Index height = rows.tiles.height(tile);
     const auto multiply = [&](auto kernel, auto* b) {
@@ -115,16 +136,28 @@ class PackedPanels {
       multiply(kernels<T>().broad_tile_bf16, panel);
     }
   }
-  // Whatever lies next in memory is next to be read.
-  NextBlock after(Index j, Index k, Index depth, Index tiles) const {
-    const S* next = data_ + j * step_ + (k + depth) * W_;
-    const Index bytes = std::min(depth * W_, end_ - next) * static_cast<Index>(sizeof(S));
-    if (bytes <= 0) return {data_};
-    const Index steps = std::is_same_v<S, T> || !few(tiles) ? depth : (depth + 1) / 2;
-    return {next, bytes / tiles, bytes / (tiles * steps), tiles};
+
+  // Some k's of each panel, then the next ones, which the tiles ask for meanwhile.
+  void multiply_in_turns(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+    constexpr Index turn = 16;
+    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    if constexpr (std::is_same_v<S, T>) {
+      const Neighbours neighbours{.panels = count, .b_step = step_, .c_step = size};
+      TileArgs<T> args{.b_stride = W_, .c_stride = W_, .near = turn * W_ * static_cast<Index>(sizeof(T))};
+      for (Index k = 0; k < rows.depth; k += turn) {
+        args.depth = std::min(turn, rows.depth - k);
+        args.store = k == 0 ? Store::overwrite : Store::accumulate;
+        args.b = data_ + j * step_ + k * W_;
+        for (Index i = range.begin; i < range.end; ++i) {
+          const Index height = rows.tiles.height(i);
+          args.a = rows.tile(i) + k * height;
+          args.c = c + (rows.tiles.begin(i) - first) * W_;
+          kernels<T>().sweeping_tile(height, args, neighbours);
+        }
+      }
+    }
   }
 
- private:
   const S* data_;
   Index step_, count_;
   const S* end_;
@@ -326,7 +359,7 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
     }
     multiply_staged(stage, rows, range, panels, next, c);
   } else if (panels.count > 1) {
-    panels.source->multiply_side_by_side(rows, range.begin, panels.begin, panels.count, c);
+    panels.source->multiply_together(rows, range, panels.begin, panels.count, c);
   } else {
     for (Index p = 0; p < panels.count; ++p) {
       multiply_panel(rows, range, *panels.source, panels.begin + p, c + p * size);

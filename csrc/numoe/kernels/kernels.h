@@ -144,6 +144,11 @@ struct Kernels {
   T (*dot)(Index n, const T* a, const T* b);  // Σ a·b in a fixed order
 
   RoutingKernels<T> routing;
+
+  // Lines of memory that the sums of a tile are.
+  Index lines_of_sums() const { return tile_rows * tile_cols * static_cast<Index>(sizeof(T)) / Carry::line; }
+  // Whether these are fewer than a core has under way, so that they may come and go in one burst.
+  bool few_lines_of_sums() const { return lines_of_sums() <= 12; }
 };
 
 struct KernelTable {
