@@ -39,15 +39,18 @@ def print_scaling(settings: Settings, result: Row) -> None:
 
 
 def experts_scaling(settings: Settings) -> list[Row]:
-    """E = 8 to 2048 at the same K and rows per expert: what every token pays for experts it does not visit."""
+    """E = 8 to 2048 at the same K and rows per expert: what every token pays for experts it does not visit.
+
+    Layers of fewer experts are as many more, visited in turns: the weights come from memory for every E.
+    """
     rows = []
     for num_experts in EXPERTS:
         shape = LayerShape(
             name=f"{num_experts}x{_TOP_K}x{_D}x{_F}", num_experts=num_experts, top_k=_TOP_K, d_model=_D, d_ff=_F
         )
         tokens = _ROWS * num_experts // _TOP_K
-        for name, runner in _runners(shape, settings, tokens):
-            time = _measure(runner, shape, "balanced", tokens, settings).median / tokens
+        for name, runners in _runners(shape, settings, tokens, layers=max(EXPERTS) // num_experts):
+            time = _measure(runners, shape, "balanced", tokens, settings).median / tokens
             rows.append({"contender": name, "num_experts": num_experts, "tokens": tokens, "per_token": time})
     return _relative(rows, "per_token")
 
@@ -57,8 +60,8 @@ def thread_scaling(settings: Settings) -> list[Row]:
     rows, shape = [], LAYERS["small"]
     for threads in sorted({1, settings.threads}):
         numoe.set_num_threads(threads)
-        for name, runner in _runners(shape, settings, _TOKENS):
-            time = _measure(runner, shape, "balanced", _TOKENS, settings).median
+        for name, runners in _runners(shape, settings, _TOKENS):
+            time = _measure(runners, shape, "balanced", _TOKENS, settings).median
             rows.append({"contender": name, "threads": threads, "tokens": _TOKENS, "median": time})
     return _relative(rows, "median")
 
@@ -66,9 +69,9 @@ def thread_scaling(settings: Settings) -> list[Row]:
 def skew_scaling(settings: Settings) -> list[Row]:
     """Balanced, then the other routings."""
     shape, rows = LAYERS["small"], []
-    for name, runner in _runners(shape, settings, _TOKENS):
+    for name, runners in _runners(shape, settings, _TOKENS):
         for routing in sorted(ROUTINGS, key=lambda routing: routing != "balanced"):
-            time = _measure(runner, shape, routing, _TOKENS, settings).median
+            time = _measure(runners, shape, routing, _TOKENS, settings).median
             rows.append({"contender": name, "routing": routing, "tokens": _TOKENS, "median": time})
     return _relative(rows, "median")
 
@@ -88,25 +91,33 @@ def scaling_lines(scaling: dict[str, list[Row]]) -> Iterator[str]:
             yield f"  {name:<7} " + "  ".join(f"{row[keys[kind]]}: {short(row['relative'], 3)}" for row in mine)
 
 
-def _runners(shape: LayerShape, settings: Settings, tokens: int) -> Iterator[tuple[str, Runner]]:
-    """Numoe's two forms, those that have the dtype."""
-    layer = MoELayer(config=shape.config(settings.dtype), rng=0)
+def _runners(
+    shape: LayerShape, settings: Settings, tokens: int, layers: int = 1
+) -> Iterator[tuple[str, list[Runner]]]:
+    """Numoe's two forms, those that have the dtype, of each of some layers."""
+    config = shape.config(settings.dtype)
+    tasks = [
+        Task(layer=MoELayer(config=config, rng=i), dtype=settings.dtype, threads=settings.threads, tokens=tokens)
+        for i in range(layers)
+    ]
     for name in _OURS:
         try:
-            task = Task(layer=layer, dtype=settings.dtype, threads=settings.threads, tokens=tokens)
-            runner = CONTENDERS[name](task)
+            runners = [CONTENDERS[name](task) for task in tasks]
         except ContenderUnavailableError:
             continue
-        yield name, runner
+        yield name, runners
 
 
-def _measure(runner: Runner, shape: LayerShape, routing: str, tokens: int, settings: Settings) -> Timing:
-    """The forward."""
+def _measure(runners: list[Runner], shape: LayerShape, routing: str, tokens: int, settings: Settings) -> Timing:
+    """The forward of one runner after the other."""
     routings = make_routings(routing, tokens, shape, settings.dtype)
     x = np.random.default_rng(1).standard_normal((tokens, shape.d_model)).astype(DTYPES[settings.dtype])
-    runner.prepare(routings)
+    for runner in runners:
+        runner.prepare(routings)
     settle()
-    return measure(lambda i: runner.forward(x, *routings[i % len(routings)]), seconds=settings.seconds)
+    return measure(
+        lambda i: runners[i % len(runners)].forward(x, *routings[i % len(routings)]), seconds=settings.seconds
+    )
 
 
 def _relative(rows: list[Row], key: str) -> list[Row]:
