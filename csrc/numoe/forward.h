@@ -46,11 +46,11 @@ class PackedWeights {
   using Element = std::conditional_t<pairs, T, S>;  // of a panel: a pair, or a number
 
   // Panels `step` numbers apart, which start `offset` numbers behind `first`.
-  static PackedPanels<T, Element> panels(const S* first, Index offset, Index step, Index cols) {
+  PackedPanels<T, Element> panels(const S* first, Index offset, Index step, Index cols) const {
     constexpr Index size = sizeof(Element) / sizeof(S);
     const Element* begin = reinterpret_cast<const Element*>(first);
     const Index count = num_panels(cols, kernels<T>().tile_cols);
-    return {begin + offset / size, step / size, count, begin + count * step / size};
+    return {begin + offset / size, step / size, count, begin + count * step / size, w_.from_memory()};
   }
 
   const PackedExperts<S>& w_;

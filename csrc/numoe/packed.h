@@ -22,6 +22,8 @@ class PackedExperts {
   Index d_model() const { return D_; }
   Index d_ff() const { return F_; }
   Index bytes() const { return (up_.size() + down_.size()) * static_cast<Index>(sizeof(S)); }
+  // Whether they are more than caches keep from one call to the next.
+  bool from_memory() const { return bytes() > Index{16} << 20; }
 
   // The panel of columns [col, col + W) of w_gate[e] (w_up[e] for plain MLPs); the up panel of a GLU follows it.
   const S* up(Index e, Index col) const { return up_.data() + e * up_size_ + col / W_ * up_step_; }

@@ -69,15 +69,16 @@ struct NextBlock {
 
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
 
-// Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  bfloat16 panels are
+// Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  `from_memory`: no cache keeps
+// the panels.  bfloat16 panels are
 // [depth/2][W][2]; they are widened in registers for few tiles, once per block for more, because widening twice costs less
 // than a pass through the cache.
 template <class T, class S>
 class PackedPanels {
  public:
   struct Stage {};
-  PackedPanels(const S* data, Index step, Index count, const S* end)
-      : data_(data), step_(step), count_(count), end_(end) {}
+  PackedPanels(const S* data, Index step, Index count, const S* end, bool from_memory)
+      : data_(data), step_(step), count_(count), end_(end), from_memory_(from_memory) {}
 
   Index count() const { return count_; }
 
@@ -116,9 +117,9 @@ class PackedPanels {
   }
 
  private:
-  // Whether tiles may put their sums aside every few k's.  None does so with narrow numbers or with pairs.
-  static bool takes_turns() {
-    return std::is_same_v<S, T> && !kernels<T>().tile_dot && kernels<T>().few_lines_of_sums();
+  // Whether it pays to put the sums aside every few k's.  No tile does so with narrow numbers or with pairs.
+  bool takes_turns() const {
+    return from_memory_ && std::is_same_v<S, T> && !kernels<T>().tile_dot && kernels<T>().few_lines_of_sums();
   }
 
   void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
@@ -161,6 +162,7 @@ class PackedPanels {
   const S* data_;
   Index step_, count_;
   const S* end_;
+  bool from_memory_;
   Index W_ = kernels<T>().tile_cols;
 };
 
