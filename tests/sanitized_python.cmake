@@ -33,6 +33,7 @@ else()
     test_determinism.py::test_odd_widths
     test_determinism.py::test_a_token_alone_has_the_bits_it_has_in_a_batch
     test_determinism.py::test_every_number_of_rows_gives_a_token_the_same_bits
+    test_determinism.py::test_few_rows_read_weights_from_memory_to_the_same_bits
     test_gradients.py::test_expert
     test_gradients.py::test_shared_expert
     # AddressSanitizer ends a process that asks for too much memory, where everybody else throws std::bad_alloc.

@@ -197,5 +197,18 @@ def test_every_number_of_rows_gives_a_token_the_same_bits(dtype: str) -> None:
         assert_bitwise_equal(y, whole.y)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_few_rows_read_weights_from_memory_to_the_same_bits(dtype: str) -> None:
+    """More than caches keep: few tokens read several panels at once, in other ways than those of a small layer."""
+    layer = numoe.MoELayer(d_model=1030, d_ff=2765, num_experts=1, top_k=1, dtype=dtype, rng=0)
+    packed, x = layer.pack(), tokens(layer, 30)
+    assert packed.nbytes > 16 << 20
+    y = packed(x)
+    for count in range(1, 15):
+        assert_bitwise_equal(packed(x[:count]), y[:count], name=f"packed y of {count}")
+    if dtype != "bfloat16" or not dots.USED:  # dot products round
+        assert_bitwise_equal(y, layer(x))
+
+
 if __name__ == "__main__":
     print(digest())
