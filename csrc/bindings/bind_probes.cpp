@@ -4,6 +4,7 @@
 #include "bindings/arrays.h"
 #include "numoe/parallel.h"
 #include "numoe/probes.h"
+#include "numoe/products.h"
 
 namespace numoe::bindings {
 namespace {
@@ -35,6 +36,12 @@ const PeakProbe& peak_probe(const std::string& name) {
   throw py::value_error("vectors='" + name + "' is not what this CPU and this build have; pass one of: " + names);
 }
 
+void check_seconds(double seconds) {
+  if (!(seconds > 0 && seconds <= 60)) {
+    throw py::value_error("seconds must be > 0 and <= 60; got " + std::to_string(seconds));
+  }
+}
+
 double probe_peak(const std::string& vectors, const std::string& dtype, int threads, double seconds) {
   const PeakProbe& probe = peak_probe(vectors);
   check_threads(threads);
@@ -44,9 +51,7 @@ double probe_peak(const std::string& vectors, const std::string& dtype, int thre
         "dtype must be 'float32' or 'float64', or 'bfloat16' for vectors with its dot products; got '" + dtype +
         "' for '" + vectors + "'");
   }
-  if (!(seconds > 0 && seconds <= 60)) {
-    throw py::value_error("seconds must be > 0 and <= 60; got " + std::to_string(seconds));
-  }
+  check_seconds(seconds);
   ReleasedGil nogil;
   if (dtype == "float64") return peak_rate(probe.f64, threads, seconds);
   return peak_rate(bfloat16_dots ? probe.bf16 : probe.f32, threads, seconds);
@@ -71,6 +76,36 @@ std::unique_ptr<ReadProbe> make_read_probe(Index bytes) {
   return std::make_unique<ReadProbe>(bytes);
 }
 
+constexpr std::pair<const char*, Product> product_names[] = {{"packed", Product::packed},
+                                                             {"row-major", Product::row_major},
+                                                             {"transposed", Product::transposed},
+                                                             {"outer", Product::outer}};
+
+std::unique_ptr<ProductProbe> make_product_probe(const std::string& name, Index rows, Index depth, Index cols,
+                                                 Index matrices) {
+  constexpr Index most = Index{1} << 30;  // numbers, of the matrices and of the rows
+  for (const auto& [known, product] : product_names) {
+    if (name != known) continue;
+    const bool positive = rows >= 1 && depth >= 1 && cols >= 1 && matrices >= 1;
+    if (!positive || depth > most / cols || depth * cols > most / matrices || rows > most / std::max(depth, cols)) {
+      throw py::value_error("rows, depth, cols and matrices must be >= 1, and together at most 2^30 numbers; got " +
+                            std::to_string(rows) + ", " + std::to_string(depth) + ", " + std::to_string(cols) + ", " +
+                            std::to_string(matrices));
+    }
+    ReleasedGil nogil;
+    return std::make_unique<ProductProbe>(product, rows, depth, cols, matrices);
+  }
+  std::string names;
+  for (const auto& [known, product] : product_names) names += std::string(names.empty() ? "" : ", ") + known;
+  throw py::value_error("product='" + name + "' is unknown; pass one of: " + names);
+}
+
+double product_rate(ProductProbe& probe, double seconds) {
+  check_seconds(seconds);
+  ReleasedGil nogil;
+  return probe.rate(seconds);
+}
+
 }  // namespace
 
 void bind_probes(py::module_& m) {
@@ -80,6 +115,10 @@ void bind_probes(py::module_& m) {
       .def(py::init(&make_read_probe), py::arg("bytes"))
       .def_property_readonly("size", &ReadProbe::size)
       .def("rate", &read_rate, py::arg("bytes"), py::arg("threads"));
+  py::class_<ProductProbe>(m, "ProductProbe")
+      .def(py::init(&make_product_probe), py::arg("product"), py::arg("rows"), py::arg("depth"), py::arg("cols"),
+           py::arg("matrices"))
+      .def("rate", &product_rate, py::arg("seconds"));
 }
 
 }  // namespace numoe::bindings

@@ -96,7 +96,7 @@ class Forward : Pipeline<T> {
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
-  using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::for_passes;
+  using Base::rows_of, Base::start, Base::tiles, Base::tokens;
 
   static Index packed_size(Index depth) { return row_size(depth, Weights::pairs); }
 
@@ -117,7 +117,7 @@ class Forward : Pipeline<T> {
     const auto up = matrices_.up(e, col, cols);
     const auto gate = glu ? matrices_.gate(e, col, cols) : up;
     auto stage = up.stage();
-    for_passes(x.tiles, [&](TileRange pass) {
+    for_passes<T>(x.tiles, [&](TileRange pass) {
       const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
       const Index at_once = up.panels_at_once(pass.count(), height);
       T* pre = scratch<T, 1>((glu ? 2 : 1) * at_once * size);
@@ -182,7 +182,7 @@ class Forward : Pipeline<T> {
 
   void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
     const auto down = matrices_.down(e, col, cols);
-    this->for_panels(hidden, down, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
+    for_panels(hidden, down, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
       add_to_result(e, row, col + panel_col, sums, result);
     });
   }

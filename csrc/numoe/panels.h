@@ -369,4 +369,35 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
   }
 }
 
+// body(tiles) for as many tiles at a time as their sums fit a cache beside the panel.
+template <class T, class Body>
+void for_passes(const RowTiles& row_tiles, Body body) {
+  constexpr Index rows_of_sums = 256;
+  const Index count = row_tiles.count(), at_once = std::max<Index>(1, rows_of_sums / kernels<T>().tile_rows);
+  const Index passes = (count + at_once - 1) / at_once;
+  for (Index i = 0; i < passes; ++i) body(TileRange{i * count / passes, (i + 1) * count / passes});
+}
+
+// use(row, col, sums) for every panel of rows · source, `cols` columns: `sums` are those of rows [row, ..) and columns
+// [col, ..).
+template <class T, class Source, class Use>
+void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use use) {
+  const Index width = kernels<T>().tile_cols;
+  auto stage = source.stage();
+  for_passes<T>(rows.tiles, [&](TileRange pass) {
+    const Index row = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - row;
+    const Index at_once = source.panels_at_once(pass.count(), height);
+    const bool again = pass.end < rows.tiles.count();
+    T* sums = scratch<T, 1>(at_once * height * width);
+    for (Index j = 0; j * width < cols; j += at_once) {
+      multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again),
+                      sums);
+      for (Index p = 0; p < at_once && (j + p) * width < cols; ++p) {
+        const Index col = (j + p) * width;
+        use(row, col, MatrixView<T>{sums + p * height * width, height, std::min(width, cols - col), width});
+      }
+    }
+  });
+}
+
 }  // namespace numoe

@@ -86,35 +86,6 @@ class Pipeline {
     return column_block(depth, cols, W_, tasks_per_thread * threads, rows);
   }
 
-  // body(tiles) for as many tiles at a time as their sums fit a cache beside the panel.
-  template <class Body>
-  void for_passes(const RowTiles& row_tiles, Body body) const {
-    constexpr Index rows_of_sums = 256;
-    const Index count = row_tiles.count(), at_once = std::max<Index>(1, rows_of_sums / kernel_.tile_rows);
-    const Index passes = (count + at_once - 1) / at_once;
-    for (Index i = 0; i < passes; ++i) body(TileRange{i * count / passes, (i + 1) * count / passes});
-  }
-
-  // use(row, col, sums) for every panel of rows · source: `sums` are those of rows [row, ..) and columns [col, ..).
-  template <class Source, class Use>
-  void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use use) const {
-    auto stage = source.stage();
-    for_passes(rows.tiles, [&](TileRange pass) {
-      const Index row = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - row;
-      const Index at_once = source.panels_at_once(pass.count(), height);
-      const bool again = pass.end < rows.tiles.count();
-      T* sums = scratch<T, 1>(at_once * height * W_);
-      for (Index j = 0; j * W_ < cols; j += at_once) {
-        multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again),
-                        sums);
-        for (Index p = 0; p < at_once && (j + p) * W_ < cols; ++p) {
-          const Index col = (j + p) * W_;
-          use(row, col, MatrixView<T>{sums + p * height * W_, height, std::min(W_, cols - col), W_});
-        }
-      }
-    });
-  }
-
   // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.
   template <class Pieces, class Body>
   void for_pieces(const ExpertRange& range, Pieces pieces, Body body) const {

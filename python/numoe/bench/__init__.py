@@ -17,6 +17,7 @@ from typing import Any
 from numoe import _core
 from numoe.bench.compare import comparison_lines
 from numoe.bench.peers import PEERS, parse_peer
+from numoe.bench.products import print_products
 from numoe.bench.report import Row
 from numoe.bench.scaling import print_scaling
 from numoe.bench.suite import FORMAT, PASSES, Settings, run_bench
@@ -45,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     layers = ", ".join(LAYERS)
     add = parser.add_argument
-    add("--layers", nargs="+", type=checked(parse_layer), metavar="NAME", help=f"{layers}, or sizes ExKxDxF")
+    add(
+        "--layers",
+        nargs="+",
+        type=checked(parse_layer),
+        metavar="NAME",
+        help=f"in their published sizes {layers}; or sizes ExKxDxF",
+    )
     add("--tokens", nargs="+", type=checked(_positive), metavar="T", help="token counts (default 1 16 256)")
     add("--routing", nargs="+", choices=tuple(ROUTINGS), help="default: uniform; all for the largest forward")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
@@ -63,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--full", action="store_true", help="all layers in their published sizes, 1 to 4096 tokens")
     add("--seconds", type=checked(_seconds), help="of undisturbed calls per measurement (default 0.3)")
     add("--scaling", action="store_true", help="then also: many experts, threads, skew, on layers of its own")
+    add("--products", action="store_true", help="then also: the bare products of the kernels, on one thread")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two such files and measure nothing")
 
@@ -98,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         run_bench(settings_of(args), result)
         if args.scaling:
             print_scaling(settings_of(args), result)
+        if args.products:
+            print_products(settings_of(args).seconds, result)
     finally:  # an interrupted run keeps what it has
         if args.json is not None and result.get("cells"):
             args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -109,10 +119,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the options mean."""
     names = QUICK_LAYERS if args.quick else tuple(LAYERS) if args.full else DEFAULT_LAYERS
     tokens = (1, 64) if args.quick else (1, 4, 16, 64, 256, 1024, 4096) if args.full else (1, 16, 256)
-    layers = args.layers or [LAYERS[name] for name in names]
+    layers = args.layers or [LAYERS[name] if args.full else fit_default_run(LAYERS[name]) for name in names]
     peers = tuple(PEERS) if args.peers == [] else tuple(args.peers or ())
     return Settings(
-        layers=tuple(layers if args.full else map(fit_default_run, layers)),
+        layers=tuple(layers),
         tokens=tuple(args.tokens or tokens),
         routings=tuple(args.routing) if args.routing else tuple(ROUTINGS) if args.full else None,
         passes=tuple(args.passes),

@@ -91,9 +91,7 @@ def scaling_lines(scaling: dict[str, list[Row]]) -> Iterator[str]:
             yield f"  {name:<7} " + "  ".join(f"{row[keys[kind]]}: {short(row['relative'], 3)}" for row in mine)
 
 
-def _runners(
-    shape: LayerShape, settings: Settings, tokens: int, layers: int = 1
-) -> Iterator[tuple[str, list[Runner]]]:
+def _runners(shape: LayerShape, settings: Settings, tokens: int, layers: int = 1) -> Iterator[tuple[str, list[Runner]]]:
     """Numoe's two forms, those that have the dtype, of each of some layers."""
     config = shape.config(settings.dtype)
     tasks = [

@@ -140,8 +140,8 @@ def parse_layer(text: str) -> LayerShape:
 
 
 def fit_default_run(shape: LayerShape) -> LayerShape:
-    """A published layer in a size that takes seconds, not minutes; small ones and the user's own stay."""
-    return shape.reduced() if shape.name in LAYERS and shape.numbers > _LARGE else shape
+    """A layer in a size that takes seconds, not minutes; small ones stay."""
+    return shape.reduced() if shape.numbers > _LARGE else shape
 
 
 # ── routings ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,59 @@
+"""The benchmark's bare products.  Nothing here asserts that anything is fast."""
+
+import itertools
+import re
+
+import pytest
+from numoe import _core, bench
+from numoe.__main__ import main
+from numoe.bench import products
+from numoe.bench.machine import Limits
+
+SIZES = [(1, 1, 1), (3, 5, 7), (7, 64, 33), (64, 150, 205), (300, 33, 64)]
+
+
+@pytest.mark.parametrize(("product", "sizes"), [*itertools.product(products.PRODUCTS, SIZES)])
+def test_no_product_beats_the_machine(product, sizes):
+    """One that skipped a part would."""
+    fastest = max(
+        _core.probe_peak(probe["name"], "float32", 1, 0.005) for probe in _core.peak_probes() if probe["supported"]
+    )
+    probe = _core.ProductProbe(product, *sizes, 3)
+    assert 0 < probe.rate(0.002) < 2 * fastest
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _core.ProductProbe("inner", 1, 1, 1, 1), "product='inner' is unknown; pass one of: packed, row-major"),
+        (lambda: _core.ProductProbe("packed", 0, 1, 1, 1), "must be >= 1, and together at most 2^30 numbers; got 0, 1"),
+        (lambda: _core.ProductProbe("outer", 1, 2**62, 2**62, 1), "must be >= 1, and together at most 2^30 numbers"),
+        (lambda: _core.ProductProbe("outer", 2**40, 1, 1, 1), "must be >= 1, and together at most 2^30 numbers"),
+        (lambda: _core.ProductProbe("packed", 1, 1, 1, 1).rate(0.0), "seconds must be > 0"),
+    ],
+)
+def test_the_probe_refuses_what_it_cannot_measure(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_a_run_shows_every_product_and_keeps_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(products, "ROWS", (1, 40))
+    monkeypatch.setattr(products, "_DEPTH", 48)
+    monkeypatch.setattr(products, "_COLS", 32)
+    monkeypatch.setattr(products, "_SLICE", 0.001)
+    limits = Limits(peak=8.0, target_share=1.0, bandwidth=1.0)  # 2 operations for 4 bytes: 16 rows are as fast as both
+    monkeypatch.setattr(products.Machine, "limits", lambda *_: limits)
+    path = tmp_path / "run.json"
+    options = ["--layers", "tiny", "--tokens", "1", "--passes", "forward", "--seconds", "0.003"]
+    assert main(["bench", *options, "--products", "--json", str(path)]) == 0
+    rows = bench.load_run(path)["products"]
+    assert [row["rows"] for row in rows] == [1, 40]
+    assert [row["bound"] for row in rows] == ["memory", "compute"]
+    for row in rows:
+        assert list(row["products"]) == list(products.PRODUCTS)
+        assert all(0 < share["median"] <= share["best"] for share in row["products"].values())
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("bare products"))
+    assert len(lines[start:]) >= 1 + len(products.PRODUCTS) + 2 + len(rows)
