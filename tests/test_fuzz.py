@@ -78,6 +78,7 @@ def valid_calls() -> dict[str, list[Any]]:
         "RouterOptions": router,
         "ExpertOptions": ["silu", "output"],
         "ReadProbe": [64],
+        "ProductProbe": ["outer", 3, 5, 7, 2],
         "set_num_threads": [2],
     }
 
@@ -163,6 +164,8 @@ EDGES: list[tuple[str, dict[int, Any]]] = [
     ("PackedLayerFloat32.experts", {4: 2**62, 5: None}),
     ("router_logits", {0: np.zeros((T, 0)), 1: np.zeros((0, E)), 2: None}),
     ("router_logits", {0: np.zeros((T, D)), 1: np.zeros((D, 0)), 2: None}),
+    ("ProductProbe", {1: 2**62}),
+    ("ProductProbe", {2: 2**62, 3: 2**62}),
     ("importance_loss", {2: 2**62}),
     ("load_loss", {3: 2**62}),
 ]
