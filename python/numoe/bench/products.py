@@ -21,7 +21,7 @@ PRODUCTS = {
     "outer": "rowsᵀ · rows, written to it: its gradient",
 }
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
-_DEPTH, _COLS = 2048, 1024
+_DEPTH, _COLS, _MATRICES = 2048, 1024, 32  # 256 MB: more than caches keep
 _SLICE = 0.02  # seconds of one product before the next one has its turn
 
 
@@ -36,9 +36,9 @@ def print_products(seconds: float, result: Row) -> None:
         print(product_line(rows[-1]), flush=True)
 
 
-def measure_products(machine: Machine, rows: int, seconds: float, matrices: int = 32) -> Row:
+def measure_products(machine: Machine, rows: int, seconds: float) -> Row:
     """Shares of the limit with `rows` rows, slice by slice, the limits probed before each slice."""
-    probes = {name: _core.ProductProbe(name, rows, _DEPTH, _COLS, matrices) for name in PRODUCTS}
+    probes = {name: _core.ProductProbe(name, rows, _DEPTH, _COLS, _MATRICES) for name in PRODUCTS}
     shares: dict[str, list[float]] = {name: [] for name in PRODUCTS}
     bounds = []
     for _ in range(max(3, round(seconds / _SLICE))):
