@@ -16,7 +16,7 @@ namespace numoe {
 
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
-constexpr Index one_cache_away = 1024;  // bytes that a tile reads while a line comes from the next cache
+constexpr Index one_memory_away = 3072;  // bytes that a tile reads while a line comes from memory
 
 // With few tiles per panel a product waits for memory: whatever touches the panel once more costs more than it saves.
 inline bool few(Index tiles) { return tiles <= 2; }
@@ -58,15 +58,6 @@ Panels<Source> panels_after(const Source& source, Index j, Index at_once, bool a
   return some_panels(source, last && again ? 0 : j + at_once, at_once);
 }
 
-// What the tiles of a block ask for: tile i < tiles from begin + i * per_tile on, `per_k` bytes further for each k.
-struct NextBlock {
-  const void* begin;
-  Index per_tile = 0, per_k = 0, tiles = 0;
-
-  const void* at(Index tile) const { return static_cast<const char*>(begin) + (tile < tiles ? tile * per_tile : 0); }
-  Index step(Index tile) const { return tile < tiles ? per_k : 0; }
-};
-
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
 
 // Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  `from_memory`: no cache keeps
@@ -107,13 +98,15 @@ class PackedPanels {
     const bool beside = range.count() == 1 && rows.tiles.height(range.begin) * count <= kernels<T>().tile_rows;
     beside ? multiply_side_by_side(rows, range.begin, j, count, c) : multiply_in_turns(rows, range, j, count, c);
   }
-  // Whatever lies next in memory is next to be read.
-  NextBlock after(Index j, Index k, Index depth, Index tiles) const {
-    const S* next = data_ + j * step_ + (k + depth) * W_;
-    const Index bytes = std::min(depth * W_, end_ - next) * static_cast<Index>(sizeof(S));
-    if (bytes <= 0) return {data_};
-    const Index steps = std::is_same_v<S, T> || !few(tiles) ? depth : (depth + 1) / 2;
-    return {next, bytes / tiles, bytes / (tiles * steps), tiles};
+  // What tile i of `tiles` asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block, which
+  // lies behind this one; if it is alone, what it reads itself.
+  Ahead ahead(Index j, Index k, Index depth, Index i, Index tiles) const {
+    constexpr Index number = sizeof(S);
+    const S* here = data_ + j * step_ + k * W_;
+    const S* next = tiles > 1 ? here + depth * W_ : here + one_memory_away / number;
+    const Index bytes = std::min(depth * W_, end_ - next) * number / tiles;
+    if (bytes <= 0) return {};
+    return Ahead::spread(reinterpret_cast<const char*>(next) + i * bytes, bytes, depth);
   }
 
  private:
@@ -126,8 +119,7 @@ class PackedPanels {
     const Index height = rows.tiles.height(tile);
     const auto multiply = [&](auto kernel, auto* b) {
       using B = std::remove_const_t<std::remove_pointer_t<decltype(b)>>;
-      const TileArgs<T, B> args{
-          .depth = rows.depth, .a = rows.tile(tile), .b = b, .b_stride = W_, .c = c, .c_stride = W_};
+      const TileArgs<T, B> args{.depth = rows.depth, .a = rows.tile(tile), .b = b, .c = c, .c_stride = W_};
       kernel(height, args, {.panels = count, .b_step = step_, .c_step = height * W_});
     };
     const S* panel = data_ + j * step_;
@@ -199,7 +191,6 @@ class RowMajor {
   // Panel p of `count` staged ones as a tile's b.
   void set_panel(TileArgs<T>& args, const S* staged, Index count, Index p) const {
     const Index pitch = Stage::pitch(count * W_);
-    args.near = one_cache_away;
     if constexpr (std::is_same_v<S, T>) {
       args.b = staged + p * W_;
       args.b_stride = pitch;
@@ -270,17 +261,14 @@ class RowMajor {
 // store before it, streamed ones included.
 template <class T, class S>
 void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, T* c) {
-  constexpr Index one_memory_away = 3072;
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
   const Index width = kernel.tile_cols;
-  TileArgs<T> wide{.b_stride = width, .c_stride = width};
+  TileArgs<T> wide{.c_stride = width};
   TileArgs<T, bfloat16> narrow{.c_stride = width};
-  wide.near = narrow.near = n == 1 ? one_memory_away : one_cache_away;
   for (Index k = 0; k < rows.depth; k += block_depth) {
     const Index depth = std::min(block_depth, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
-    const NextBlock next = source.after(j, k, depth, n);
     const auto multiply = [&](auto& args, auto tile) {
       args.depth = depth;
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
@@ -288,8 +276,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
         const Index height = rows.tiles.height(i);
         args.a = rows.tile(i) + k * height;
         args.c = c + (rows.tiles.begin(i) - first) * width;
-        args.ahead.at = next.at(i - range.begin);
-        args.ahead.step = next.step(i - range.begin);
+        args.ahead = source.ahead(j, k, depth, i - range.begin, n);
         tile(height, args);
       }
     };

@@ -57,8 +57,8 @@ void multiply_transposed(const TransposedTerm<T, S>& term, Index first, Index co
     args.a = rows.data;
     args.a_stride = rows.stride;
     args.c = sums + tiles.begin(i) * width;
-    args.ahead = {term.matrix.row(begin + height),
-                  height * static_cast<Index>(sizeof(S))};  // as much as this tile's rows
+    args.ahead = Ahead::spread(term.matrix.row(begin + height),  // as much as this tile's rows
+                               height * args.depth * static_cast<Index>(sizeof(S)), args.depth);
     kernel.unpacked_tile(height, args, neighbours, last);
   }
 }

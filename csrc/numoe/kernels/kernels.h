@@ -19,11 +19,8 @@ enum class Store {
   stream,      // overwrites past the caches: for results that nobody reads soon; c and c_stride in whole vectors
 };
 
-// Memory that a tile asks for while it computes, one address per k: what will be read after it.
-struct Ahead {
-  const void* at = nullptr;
-  Index step = 0;  // bytes further for each k
-};
+// Tiles multiply so many k's at a time, and once a time ask for memory.
+constexpr Index k_at_once = 4;
 
 // Lines of memory that are moved from rows to rows, by a tile while it computes or at once.  Whoever moved `lines` of
 // them leaves from, to and left_in_row at the next one.
@@ -38,19 +35,34 @@ struct Carry {
   bool past_caches = false;                 // `to` is not read soon; it consists of whole lines
 };
 
+// Memory that a tile asks for while it computes: what will be read after it.
+struct Ahead {
+  const void* at = nullptr;
+  Index lines = 0;  // addresses to ask for with each k_at_once k's
+  Index step = 0;   // bytes from one of them to the next
+
+  // `bytes` from `at` on, while `depth` k's are multiplied.
+  static Ahead spread(const void* at, Index bytes, Index depth) {
+    const Index times = depth / k_at_once;
+    if (times == 0) return {};
+    const Index each = bytes / times, lines = (each + Carry::line - 1) / Carry::line;
+    return {at, lines, lines > 0 ? each / lines : 0};
+  }
+};
+
 // c[r, j] (+)= Σ_k a[k, r] · b[k, j] for j < W, k ascending.
 template <class T, class B = T>
 struct TileArgs {
   Index depth = 0;
   const T* a = nullptr;  // packed [depth][rows], or rows where they are
   Index a_stride = 0;    // from one of those to the next
-  const B* b = nullptr;  // row k starts at b + k * b_stride
-  Index b_stride = 0;    // W for a panel
-  T* c = nullptr;        // row r starts at c + r * c_stride
+  const B* b = nullptr;  // a panel, or, for tiles that sweep or carry: row k starts at b + k * b_stride
+  Index b_stride = 0;
+  T* c = nullptr;  // row r starts at c + r * c_stride
   Index c_stride = 0;
   Store store = Store::overwrite;
-  Index near = 1024;  // how many bytes further b is asked for
-  Ahead ahead = {};
+  Index near = 1024;  // tiles that sweep: how many bytes further b is asked for
+  Ahead ahead = {};   // tiles that neither sweep nor carry
 };
 
 // Several panels in one call: how many numbers it is from one to the next, and from its sums to the next ones.

@@ -83,6 +83,36 @@ inline void stream_end() {
 #endif
 }
 
+// Whether multiply_add keeps its sum in place.
+#if defined(__AVX512F__)
+constexpr std::size_t in_place_bytes = 64;
+#elif defined(__FMA__)
+constexpr std::size_t in_place_bytes = 32;
+#else
+constexpr std::size_t in_place_bytes = 0;
+#endif
+template <class V>
+constexpr bool in_place = sizeof(V) == in_place_bytes;
+
+// sum += a · b for every lane, rounded once where the target can.
+//
+// The instruction is spelled out so that a sum stays in its register: compilers that may move sums on from register to
+// register do so in unrolled loops, until they run out of them.
+template <class V, class T>
+inline void multiply_add(V& sum, T a, V b) {
+  const V all = a - V{};  // not a + V{}, which is no copy of -0
+#if defined(__FMA__)
+  if constexpr (in_place<V> && sizeof(T) == 4) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(all), "v"(b));
+    return;
+  } else if constexpr (in_place<V>) {
+    asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(all), "v"(b));
+    return;
+  }
+#endif
+  sum += all * b;
+}
+
 // Calls f(position, count) for whole vectors and once for the tail.
 template <int N, class F>
 inline void for_lanes(Index n, F f) {
