@@ -19,7 +19,7 @@ enum class Store {
   stream,      // overwrites past the caches: for results that nobody reads soon; c and c_stride in whole vectors
 };
 
-// Tiles multiply so many k's at a time, and once a time ask for memory.
+// Tiles of packed panels multiply so many k's between counts; Ahead says what to ask for with each such round.
 constexpr Index k_at_once = 4;
 
 // Lines of memory that are moved from rows to rows, by a tile while it computes or at once.  Whoever moved `lines` of
@@ -61,7 +61,7 @@ struct TileArgs {
   T* c = nullptr;  // row r starts at c + r * c_stride
   Index c_stride = 0;
   Store store = Store::overwrite;
-  Index near = 1024;  // tiles that sweep: how many bytes further b is asked for
+  Index near = 1024;  // tiles that sweep or carry: how many bytes further b is asked for
   Ahead ahead = {};   // tiles that neither sweep nor carry
 };
 
