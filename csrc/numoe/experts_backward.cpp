@@ -35,17 +35,20 @@ class Backward : Pipeline<Compute<S>> {
   }
 
   void run() {
-    std::fill_n(grads_.x.data, grads_.x.rows * grads_.x.cols, T(0));
+    clear(grads_.x);
     if (grads_.weights) std::fill_n(grads_.weights.data, grads_.weights.rows * grads_.weights.cols, T(0));
     if (grads_.store == GradStore::overwrite) clear_idle_experts();
     const bool kept = static_cast<bool>(cache_);
     for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, 2 * D_ + (kept ? 4 : 6) * F_)) {
-      const Index numbers = rows_of(range) * F_;
+      const Index numbers = rows_of(range) * F_, again = kept ? 0 : numbers;
       Workspace<T, 4> hidden(numbers);
       Workspace<T, 5> dgate(w_.glu() ? numbers : 0);
       Workspace<T, 6> dup(numbers);
-      Workspace<T, 11> gate_again(!kept && w_.glu() ? numbers : 0);
-      Workspace<T, 12> up_again(!kept ? numbers : 0);
+      Workspace<T, 11> gate_again(w_.glu() ? again : 0);
+      Workspace<T, 12> up_again(again);
+      touch_pages(dup.data(), numbers);
+      touch_pages(gate_again.data(), w_.glu() ? again : 0);
+      touch_pages(up_again.data(), again);
       if (!kept) compute_again(range, gate_again.data(), up_again.data());
       down_backward(range, dup.data());
       activation_backward(range, hidden.data(), dgate.data(), dup.data());

@@ -72,8 +72,11 @@ class Forward : Pipeline<T> {
 
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);
+    for (const MatrixView<T>& pre : {cache.gate, cache.up}) touch_pages(pre.data, pre.rows * pre.cols);
     for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, D_ + F_)) {
-      Workspace<T, 4> hidden(rows_of(range) * packed_size(F_));
+      const Index numbers = rows_of(range) * packed_size(F_);
+      Workspace<T, 4> hidden(numbers);
+      touch_pages(hidden.data(), numbers);
       up(range, cache, hidden.data());
       down(range, hidden.data(), result);
     }
@@ -103,12 +106,6 @@ class Forward : Pipeline<T> {
   // Expert e's rows of `depth` numbers, in a buffer for the experts of `range`.
   PackedRows<T> packed_rows(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
     return {buffer + start(range, e, packed_size(depth)), tiles(e), packed_size(depth), Weights::pairs};
-  }
-
-  static void clear(MatrixView<T> y) {
-    parallel_ranges(y.rows, 256, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, T(0));
-    });
   }
 
   // The first matrix of a GLU is w_gate; plain MLP experts have w_up alone.

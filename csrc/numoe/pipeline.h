@@ -34,6 +34,25 @@ std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index n
   return ranges;
 }
 
+// Rows of zeros, in pieces that Ctrl-C need not wait for.
+template <class T>
+void clear(MatrixView<T> y) {
+  parallel_ranges(y.rows, 256, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, T(0));
+  });
+}
+
+// Asks the system for the pages of numbers that are about to be overwritten column by column.  Fresh pages may come at
+// less than 1 GB/s, and the first task of such a product would wait for all of them, and Ctrl-C for that task.
+template <class T>
+void touch_pages(T* data, Index count) {
+  constexpr Index page = 4096 / sizeof(T), piece = (Index{8} << 20) / sizeof(T);
+  if (count <= piece) return;
+  parallel_ranges(count, piece, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; i += page) data[i] = T(0);
+  });
+}
+
 template <class T>
 class Pipeline {
  public:
