@@ -48,7 +48,7 @@ void multiply_transposed(const TransposedTerm<T, S>& term, Index first, Index co
                          Store store, T* sums) {
   const Kernels<T>& kernel = kernels<T>();
   const Index width = kernel.tile_cols;
-  const RowTiles tiles{cols, kernel.tile_rows};
+  const RowTiles tiles{cols, kernel.unpacked_rows};
   const Neighbours neighbours{.panels = count, .b_step = term.rows.depth * width, .c_step = cols * width};
   TileArgs<T> args{.depth = term.rows.depth, .b = term.rows.panel(first), .c_stride = width, .store = store};
   for (Index i = 0; i < tiles.count(); ++i) {
@@ -76,14 +76,14 @@ Index rows_in_cache(Index depth) {
 template <class T, class S, class Use>
 void for_transposed(std::initializer_list<TransposedTerm<T, S>> terms, Use use) {
   constexpr Index cols_at_once = 96, most_rows = 256;  // whose sums fit a cache
-  const Index width = kernels<T>().tile_cols;
+  const Index width = kernels<T>().tile_cols, part = kernels<T>().unpacked_part;
   const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
   const Index rows_at_once = std::min(most_rows, rows_in_cache<T>(terms.begin()->rows.depth));
   T* sums = scratch<T, 1>(rows_at_once * (cols_at_once + width));
   T* result = sums + rows_at_once * cols_at_once;
   for (Index row = 0; row < rows; row += rows_at_once) {
     const Index rows_here = std::min(rows_at_once, rows - row), panels = num_panels(rows_here, width);
-    const Index last = (rows_here - 1) % width < width / 2 ? width / 2 : width;
+    const Index last = num_panels((rows_here - 1) % width + 1, part) * part;
     for (Index col = 0; col < cols; col += cols_at_once) {
       const Index cols_here = std::min(cols_at_once, cols - col);
       Store store = Store::overwrite;

@@ -184,6 +184,8 @@ constexpr Kernels<T> make_kernels() {
                    .tile_cols = 2 * N,
                    .tile = Tile<T, N, R>::run,
                    .sweeping_tile = Tile<T, N, R>::run_sweeping,
+                   .unpacked_rows = Tile<T, N, R>::unpacked_rows,
+                   .unpacked_part = unpacked_part<T, N>,
                    .unpacked_tile = Tile<T, N, R>::run_unpacked,
                    .broad_tile = Tile<T, N, R>::run_broad,
                    .carrying_tile = Tile<T, N, R>::run_carrying,

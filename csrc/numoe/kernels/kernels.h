@@ -101,8 +101,10 @@ struct Kernels {
   void (*tile)(Index rows, const TileArgs<T>&);  // rows <= R
   // tile for one panel after the other; nothing is asked `ahead`.
   void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
-  // sweeping_tile with rows that are not packed: a[r * a_stride + k].  The last panel is computed up to column `last`, W or
-  // W / 2.  While the tile passes over the first one, it asks for what is `ahead`.  Store::overwrite or accumulate.
+  // sweeping_tile with rows that are not packed: a[r * a_stride + k], rows <= unpacked_rows.  The last panel is computed up
+  // to column `last`, a multiple of unpacked_part.  While the tile passes over the first one, it asks for what is `ahead`.
+  // Store::overwrite or accumulate.
+  Index unpacked_rows, unpacked_part;
   void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last);
   // tile for all panels at every k, which reads as many streams of memory: rows * panels <= R, at most max_side_by_side
   // panels.  Nothing is asked for: the hardware does better where it follows several streams.

@@ -189,53 +189,101 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
   }
 }
 
-// One panel, of which the first `vectors` vectors are computed.
-template <class T, int N, int R, int vectors>
+// Rows that lie a power of two apart share the ways of one set of the L1, eight as a rule, of which the panel needs one.
+constexpr int most_unpacked_rows = 7;
+
+// The last panel need not be computed to its end.  Half a 64-byte vector is a step of its own, because there are CPUs that
+// compute it in half the time.
+template <class T, int N>
+constexpr int unpacked_part = sizeof(T) * N == 64 ? N / 2 : N;
+
+// N columns of a panel and the sums of R rows there; nothing for N = 0.
+template <class T, int N, int R>
+struct Columns {
+  using V = Lanes<T, N>;
+  V sums[R], b;
+
+  [[gnu::always_inline]] inline void start(const T* c, Index stride, Store how) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[r] = V{};
+    if (how != Store::accumulate) return;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, c = forget(c + stride)) sums[r] = load<V>(c);
+  }
+  [[gnu::always_inline]] inline void finish(T* c, Index stride) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, c = forget(c + stride)) store(c, sums[r]);
+  }
+  [[gnu::always_inline]] inline void take(const T* panel) { b = load<V>(panel); }
+  [[gnu::always_inline]] inline void multiply_add(int r, T a) {
+    if constexpr (sizeof(V) == 32) return numoe::multiply_add(sums[r], a, b);
+    sums[r] += a * b;  // 64-byte vectors can take the number from memory as they multiply
+  }
+};
+template <class T, int R>
+struct Columns<T, 0, R> {
+  inline void start(const T*, Index, Store) {}
+  inline void finish(T*, Index) const {}
+  inline void take(const T*) {}
+  inline void multiply_add(int, T) {}
+};
+
+// The first `cols` columns of one panel: two vectors, one and a half, ...  With each round, `step` bytes more are asked for
+// from `ahead` on, at most as many as the round's numbers of all rows.
+template <class T, int N, int R, int cols>
 [[gnu::always_inline]] inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead,
                                                   Index step) {
-  using V = Lanes<T, N>;
-  constexpr Index near = 1024;
-  const T* a = args.a;
-  const Index stride = args.a_stride;
-  V sums[R][vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      sums[r][v] = args.store == Store::accumulate ? load<V>(c + r * args.c_stride + v * N) : V{};
-    }
-  }
-  for (Index k = args.depth; k > 0; --k, ++a, b += 2 * N, ahead += step) {
-    ask_near<2 * N * sizeof(T)>(b, near);
-    __builtin_prefetch(ahead, 0, 2);
-    V columns[vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) columns[v] = load<V>(b + v * N);
-    const T* row = a;
+  constexpr int whole = cols / N * N;
+  constexpr Index most = R * k_at_once * sizeof(T);
+  const char* a = reinterpret_cast<const char*>(args.a);
+  const Index stride = args.a_stride * static_cast<Index>(sizeof(T));  // in bytes: factors of an address are at most 8
+  Columns<T, whole ? N : 0, R> left;
+  Columns<T, whole == 2 * N ? N : 0, R> right;
+  Columns<T, cols - whole, R> rest;
+  left.start(c, args.c_stride, args.store);
+  right.start(c + N, args.c_stride, args.store);
+  rest.start(c + whole, args.c_stride, args.store);
+  const auto ask = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (Index line = 0; line < most; line += Carry::line) __builtin_prefetch(ahead + line, 0, 2);
+    ahead += step;
+  };
+  for_k<in_place<Lanes<T, N>>>(args.depth, ask, [&]() __attribute__((always_inline)) {
+    left.take(b);
+    right.take(b + N);
+    rest.take(b + whole);
+    const char* row = a;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      if (r > 0 && r % 4 == 0) row = forget(row + 4 * stride);  // few addresses, or they would not fit the registers
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sums[r][v] += row[r % 4 * stride] * columns[v];
+      if (r > 0 && r % 2 == 0) row = forget(row + 2 * stride);  // few addresses, or they would not fit the registers
+      const T number = load<T>(row + r % 2 * stride);
+      left.multiply_add(r, number);
+      right.multiply_add(r, number);
+      rest.multiply_add(r, number);
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) store(c + r * args.c_stride + v * N, sums[r][v]);
-  }
+    a = forget(a + sizeof(T));
+    b += 2 * N;
+  });
+  left.finish(c, args.c_stride);
+  right.finish(c + N, args.c_stride);
+  rest.finish(c + whole, args.c_stride);
 }
 template <class T, int N, int R>
 void unpacked_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
+  constexpr int part = unpacked_part<T, N>;
   const T* b = args.b;
   T* c = args.c;
   const char* ahead = static_cast<const char*>(args.ahead.at);
-  Index step = args.ahead.lines * args.ahead.step / k_at_once;  // for each k
-  const Index whole = neighbours.panels - (last == N ? 1 : 0);
+  Index step = args.ahead.lines * args.ahead.step;
+  const Index whole = neighbours.panels - (last < 2 * N ? 1 : 0);
   for (Index p = 0; p < whole; ++p, b += neighbours.b_step, c += neighbours.c_step, step = 0) {
-    unpacked_panel<T, N, R, 2>(args, b, c, ahead, step);
+    unpacked_panel<T, N, R, 2 * N>(args, b, c, ahead, step);
   }
-  if (last == N) unpacked_panel<T, N, R, 1>(args, b, c, ahead, step);
+  if (last == N) return unpacked_panel<T, N, R, N>(args, b, c, ahead, step);
+  if constexpr (part < N) {
+    if (last == part) return unpacked_panel<T, N, R, part>(args, b, c, ahead, step);
+    if (last == N + part) return unpacked_panel<T, N, R, N + part>(args, b, c, ahead, step);
+  }
 }
 
 template <class Elements, class T, int N, int R, int P>
@@ -406,6 +454,8 @@ void widen_panel(Index depth, const bfloat16* narrow, float* wide) {
 // Tables of functions by height, and what picks from them.
 template <class T, int N, int R>
 struct Tile {
+  static constexpr int unpacked_rows = R < most_unpacked_rows ? R : most_unpacked_rows;
+
   static void run(Index rows, const TileArgs<T>& args) { heights<Numbers<T, N>>(all)[rows - 1](args); }
   static void run_dot(Index rows, const TileArgs<T>& args) { heights<Pairs<N>>(all)[rows - 1](args); }
   static void run_bf16(Index rows, const TileArgs<T, bfloat16>& args) { bf16_heights(all)[rows - 1](args); }
@@ -416,7 +466,7 @@ struct Tile {
     sweeping_heights<bfloat16>(all)[rows - 1](args, neighbours);
   }
   static void run_unpacked(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
-    unpacked_heights(all)[rows - 1](args, neighbours, last);
+    unpacked_heights(unpacked)[rows - 1](args, neighbours, last);
   }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
     broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
@@ -434,6 +484,7 @@ struct Tile {
 
  private:
   static constexpr std::make_integer_sequence<int, R> all{};
+  static constexpr std::make_integer_sequence<int, unpacked_rows> unpacked{};
   template <int P>
   static constexpr std::make_integer_sequence<int, R / P> beside{};  // heights of P panels side by side
 
