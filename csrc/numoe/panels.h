@@ -16,7 +16,7 @@ namespace numoe {
 
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
-constexpr Index one_memory_away = 3072;  // bytes that a tile reads while a line comes from memory
+constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line comes from a busy memory
 
 // With few tiles per panel a product waits for memory: whatever touches the panel once more costs more than it saves.
 inline bool few(Index tiles) { return tiles <= 2; }
@@ -84,11 +84,11 @@ class PackedPanels {
       return {wide, nullptr};
     }
   }
-  // Few rows read several panels at once, because memory is faster that way: side by side, if a tile has registers for
-  // their sums, or in turns.
+  // Few rows read several panels at once, because memory is faster that way: side by side, if a tile has registers to spare
+  // for their sums, or in turns.  (Half a tile's rows gain more from a tile that asks ahead.)
   Index panels_at_once(Index tiles, Index rows) const {
     if (!few(tiles)) return 1;
-    const Index beside = kernels<T>().tile_rows / rows, turns = takes_turns() ? max_side_by_side : 1;
+    const Index beside = (kernels<T>().tile_rows - 1) / rows, turns = takes_turns() ? max_side_by_side : 1;
     return std::clamp<Index>(beside > 1 ? beside : turns, 1, std::min(count_, max_side_by_side));
   }
   Stage stage() const { return {}; }
@@ -164,7 +164,8 @@ class PackedPanels {
 //
 // Memory is fast only along rows.  So some rows are walked through several panels before the next ones come, and the sums
 // of these panels wait in c.  Few tiles read the matrix where it is, more of them from a stage: wide blocks while memory
-// sets the pace, deep ones, which read and write the sums less often, for many tiles.
+// sets the pace, deep ones, which read and write the sums less often, for many tiles.  High tiles do so much with a line
+// that it hardly matters where it comes from: more of them count as few.
 template <class T, class S>
 class RowMajor {
  public:
@@ -173,8 +174,9 @@ class RowMajor {
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index tiles, Index) const {
-    if (few(tiles)) return count();
+  static bool in_place(Index tiles) { return tiles <= (kernels<T>().tile_rows > low ? 8 : 2); }
+  Index panels_at_once(Index tiles, Index rows) const {
+    if (in_place(tiles)) return std::clamp<Index>(cache / (rows * W_ * static_cast<Index>(sizeof(T))), 1, count());
     return std::min(count(), (many(tiles) ? deep : wide) / (W_ * static_cast<Index>(sizeof(T))));
   }
   Index depth_of_block(Index tiles) const { return many(tiles) ? deep_depth : wide_depth; }
@@ -202,11 +204,10 @@ class RowMajor {
     }
   }
 
-  // c = rows · panels [j, j + count) for few tiles, which sweep over some rows of the matrix from end to end and ask for
-  // the rows after these: few enough not to collide in a cache whose sets repeat every 4 KB, and streams enough to keep
-  // the memory busy.
+  // c = rows · panels [j, j + count) for tiles which sweep over some rows of the matrix from end to end and ask for
+  // the rows after these.
   void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
-    constexpr Index rows_at_once = 8;
+    const Index rows_at_once = rows_of_a_sweep(rows.tiles.height(range.begin), count);
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
     const Index whole = std::min(count, cols_ / W_ - j);
     TileArgs<T, S> args{.c_stride = W_, .near = rows_at_once * b_.stride * static_cast<Index>(sizeof(S))};
@@ -234,8 +235,20 @@ class RowMajor {
   }
 
  private:
+  static constexpr Index low = 6;  // rows of a tile
+  static constexpr Index cache = Index{256}
+                                 << 10;  // bytes, for sums, and for the part of a matrix over which a sweep passes
   static constexpr Index wide = 1024, wide_depth = 128, deep = 256, deep_depth = 512;  // bytes of panels' rows, rows
   static bool many(Index tiles) { return tiles * kernels<T>().tile_rows > 168; }
+
+  // Rows of the matrix over which a tile of `height` rows sweeps.  Low tiles wait for memory: few enough not to collide in
+  // a cache whose sets repeat every 4 KB, and streams enough to keep the memory busy.  High tiles compute meanwhile: many,
+  // because sums come and go with each sweep, as long as two sweeps fit a cache.
+  Index rows_of_a_sweep(Index height, Index panels) const {
+    constexpr Index few_rows = 8, many_rows = 64;
+    if (height <= low) return few_rows;
+    return std::clamp(cache / (panels * W_ * static_cast<Index>(sizeof(S))), few_rows, many_rows);
+  }
 
   // Rows [k, k + depth) of panel j, which is less than W columns.
   const S* padded_rows(Index j, Index k, Index depth) const {
@@ -342,8 +355,8 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
                      Panels<Source> next, T* c) {
   const Index width = kernels<T>().tile_cols;
   const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
-  if constexpr (requires { &Source::depth_of_block; }) {
-    if (few(range.count())) {
+  if constexpr (requires { &Source::in_place; }) {
+    if (panels.source->in_place(range.count())) {
       return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, c);
     }
     multiply_staged(stage, rows, range, panels, next, c);

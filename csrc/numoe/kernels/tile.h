@@ -137,12 +137,12 @@ class Asking {
   Index step_, lines_;
 };
 
-// Asks for the `bytes` that lie `near` bytes beyond b.
+// Asks for the `bytes` that lie `near` bytes beyond b.  From a cache that holds the rows between, which collide in the L1.
 template <Index bytes>
 inline void ask_near(const void* b, Index near) {
   const char* p = static_cast<const char*>(b) + near;
-  __builtin_prefetch(p);
-  if constexpr (bytes > Carry::line) __builtin_prefetch(p + Carry::line);
+  __builtin_prefetch(p, 0, 2);
+  if constexpr (bytes > Carry::line) __builtin_prefetch(p + Carry::line, 0, 2);
 }
 
 // N numbers of b as lanes of the arithmetic.
