@@ -19,7 +19,9 @@ struct ExpertRange {
 
 template <class T>
 std::vector<ExpertRange> ranges_of_experts(const DispatchView& dispatch, Index numbers_per_row) {
-  constexpr Index budget = Index{1} << 20;  // bytes of rows, to stay in a cache; one expert alone may need more
+  // Bytes of rows, to stay in a cache; one expert alone may need more.  Several threads meet a few times in each range, which
+  // costs more than a cache that is farther away.
+  const Index threads = num_threads(), budget = (threads > 1 ? std::min<Index>(4 * threads, 32) : 1) << 20;
   std::vector<ExpertRange> ranges;
   const Index most_rows = std::max<Index>(1, budget / (numbers_per_row * static_cast<Index>(sizeof(T))));
   for (Index e = 0; e < dispatch.num_experts(); ++e) {
@@ -120,7 +122,7 @@ class Pipeline {
   // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles, of pairs if asked for.
   template <class Rows>
   void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed, bool pairs = false) const {
-    constexpr Index tiles_per_task = 8;
+    constexpr Index tiles_per_task = 2;
     const Index size = row_size(depth, pairs);
     const auto pack = pairs ? pack_pairs<T> : pack_tile<T>;
     for_pieces(
