@@ -153,11 +153,14 @@ class Forward : Pipeline<T> {
 
   // h (rows of the pass, W) → columns [col, col + cols) of the expert's row tiles; pairs are rounded in place
   void store_hidden(const RowTiles& row_tiles, TileRange pass, Index col, Index cols, T* h, T* hidden) const {
+    const bool whole = Weights::pairs && cols == W_;  // all rows in one go
+    const Index stride = whole ? packed_size(W_) : W_;
+    if (whole) kernel_.round_pairs((row_tiles.begin(pass.end) - row_tiles.begin(pass.begin)) * W_, T(1), h, h);
     const T* rows[max_tile_rows];
     for (Index i = pass.begin; i < pass.end; ++i) {
       const Index height = row_tiles.height(i);
-      for (Index r = 0; r < height; ++r, h += W_) {
-        if constexpr (Weights::pairs) kernel_.round_pairs(cols, T(1), h, h);
+      for (Index r = 0; r < height; ++r, h += stride) {
+        if (Weights::pairs && !whole) kernel_.round_pairs(cols, T(1), h, h);
         rows[r] = h;
       }
       T* const target = hidden + row_tiles.begin(i) * packed_size(F_) + packed_size(col) * height;

@@ -127,7 +127,7 @@ struct Kernels {
   // b.  Each pair adds the product of its odd k, then that of its even k; subnormal numbers count as 0.
   void (*tile_dot)(Index rows, const TileArgs<T>&);
   void (*broad_tile_dot)(Index rows, const TileArgs<T>&, const Neighbours&);
-  // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16 like round_to_bfloat16; the last of an odd n is
+  // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16, subnormal numbers as 0; the last of an odd n is
   // paired with 0.  Possibly in place.
   void (*round_pairs)(Index n, T factor, const T* x, T* pairs);
 

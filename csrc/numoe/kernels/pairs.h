@@ -10,28 +10,36 @@
 namespace numoe {
 namespace {
 
-// pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to nearest, ties to even; NaN stays NaN (quiet).  The last
-// number of an odd n is paired with 0.  Possibly in place: a vector of pairs never reaches what is still to be read.
-template <int N>
-void round_pairs(Index n, float factor, const float* x, float* pairs) {
-  using Word = Lanes<std::uint32_t, N>;
-  char* const halves = reinterpret_cast<char*>(pairs);
-  for_lanes<N>(n, [=](Index i, int count) {
-    const Lanes<float, N> v = factor * load_some<float, N>(x + i, count);
-    const Word bits = reinterpret<Word>(v), upper = bits >> 16;
-    const Word rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
-    const auto narrow = __builtin_convertvector(v == v ? rounded : upper | 0x40u, Lanes<std::uint16_t, N>);
-    __builtin_memcpy(halves + 2 * i, &narrow, 2 * static_cast<std::size_t>(count));
-  });
-  if (n % 2) __builtin_memset(halves + 2 * n, 0, 2);
-}
-
 // Zero, of the same sign, for subnormal numbers.
 template <int N>
 inline Lanes<float, N> flushed(Lanes<float, N> v) {
   using Word = Lanes<std::uint32_t, N>;
   const Word bits = reinterpret<Word>(v);
   return reinterpret<Lanes<float, N>>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
+}
+
+// Rounded to nearest, ties to even, with subnormal numbers as 0; NaN stays NaN (quiet).  VCVTNEPS2BF16.
+template <int N>
+inline Lanes<std::uint16_t, N> rounded(Lanes<float, N> v) {
+#ifdef __AVX512BF16__
+  if constexpr (N == 16) return reinterpret<Lanes<std::uint16_t, N>>(_mm512_cvtneps_pbh(v));
+#endif
+  using Word = Lanes<std::uint32_t, N>;
+  const Word bits = reinterpret<Word>(flushed<N>(v)), upper = bits >> 16;
+  const Word even = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? even : upper | 0x40u, Lanes<std::uint16_t, N>);
+}
+
+// pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded.  The last number of an odd n is paired with 0.  Possibly in
+// place: a vector of pairs never reaches what is still to be read.
+template <int N>
+void round_pairs(Index n, float factor, const float* x, float* pairs) {
+  char* const halves = reinterpret_cast<char*>(pairs);
+  for_lanes<N>(n, [=](Index i, int count) {
+    const auto narrow = rounded<N>(factor * load_some<float, N>(x + i, count));
+    __builtin_memcpy(halves + 2 * i, &narrow, 2 * static_cast<std::size_t>(count));
+  });
+  if (n % 2) __builtin_memset(halves + 2 * n, 0, 2);
 }
 
 // sum + a · b, rounded once, for a and b of 8 bits.  In double the product is exact, and the sum too, unless one summand
