@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,11 @@ def memory_needed(cells: list[Cell], dtype: str) -> float:
 
 
 class LayerRun:
-    """All cells of one layer: one contender after the other, so that only one holds a copy of the weights."""
+    """All cells of one layer.
+
+    In each cell all contenders have their turn before the next cell comes, as far as their copies of the weights fit
+    the memory: a shared machine changes its speed within minutes.
+    """
 
     def __init__(
         self, shape: LayerShape, settings: Settings, machine: Machine, bar: Any, say: Callable[[str], None]
@@ -166,28 +170,29 @@ class LayerRun:
         """Measures `cells`, prints them, and adds them to `result`."""
         rows = [self._row(cell) for cell in cells]
         result["cells"] += rows
-        for name, prepare in self._settings.contenders().items():
-            with self._refusal(name, result):
-                missing = self._missing_memory(name, cells)
-                if missing > 0:
-                    raise ContenderUnavailableError(
-                        f"{missing / 1e9:.1f} GB of memory are missing for {self._shape.name}"
-                    )
-                runner = prepare(self._task(cells))
-                try:
-                    for cell, row in zip(cells, rows, strict=True):
-                        self._bar.set_description(f"{cell.shape.name} {name} {cell.passes} T={cell.tokens}")
-                        with self._refusal(name, result, f" in {cell.passes}"):
-                            row["contenders"][name] = self._measure(name, runner, cell, row)
-                        self._bar.update()
-                finally:
-                    runner.close()
-                    del runner
+        waiting = self._settings.contenders()
+        while waiting:
+            self._measure_some(waiting, cells, rows, result)
             gc.collect()
         for line in table.layer_lines(rows):
             self._say(line)
         if "forward" in self._settings.passes and self._dtype != "bfloat16":
             result["stages"] += [self._stages(tokens) for tokens in self._settings.tokens]
+
+    def _measure_some(
+        self, waiting: dict[str, Prepare], cells: list[Cell], rows: list[report.Row], result: report.Row
+    ) -> None:
+        """Measures those of `waiting` that can be there together, and takes them out."""
+        runners = self._some_runners(waiting, cells, result)
+        with ExitStack() as opened:
+            for runner in runners.values():
+                opened.callback(runner.close)
+            for cell, row in zip(cells, rows, strict=True):
+                for name, runner in runners.items():
+                    self._bar.set_description(f"{cell.shape.name} {name} {cell.passes} T={cell.tokens}")
+                    with self._refusal(name, result, f" in {cell.passes}"):
+                        row["contenders"][name] = self._measure(name, runner, cell, row)
+                    self._bar.update()
 
     @contextmanager
     def _refusal(self, name: str, result: report.Row, where: str = "") -> Iterator[None]:
@@ -208,11 +213,29 @@ class LayerRun:
         if entry not in result["unavailable"]:
             result["unavailable"].append(entry)
 
-    def _missing_memory(self, name: str, cells: list[Cell]) -> float:
-        """Bytes that a contender's copies of the weights need beyond what is there."""
+    def _some_runners(self, waiting: dict[str, Prepare], cells: list[Cell], result: report.Row) -> dict[str, Runner]:
+        """Takes out of `waiting`, in order, those for whose copies of the weights there is memory; one at least."""
+        runners: dict[str, Runner] = {}
+        free = available_memory()
+        while waiting:
+            name, prepare = next(iter(waiting.items()))
+            needed = self._memory_of(name, cells)
+            if runners and needed > free:
+                break
+            del waiting[name]
+            with self._refusal(name, result):
+                if needed > free:
+                    missing = f"{(needed - free) / 1e9:.1f} GB of memory are missing for {self._shape.name}"
+                    raise ContenderUnavailableError(missing)
+                runners[name] = prepare(self._task(cells))
+                free -= needed
+        return runners
+
+    def _memory_of(self, name: str, cells: list[Cell]) -> float:
+        """Bytes of a contender's copies of the weights."""
         weights = DTYPES[self._dtype].itemsize * self._shape.numbers
         gradients = 2.0 * weights * any(cell.backward for cell in cells)  # the contender's, and as the layer has them
-        return float(COPIES.get(name, 0) * weights + gradients - available_memory())
+        return float(COPIES.get(name, 0) * weights + gradients)
 
     def _task(self, cells: list[Cell]) -> Task:
         tokens = max(cell.tokens for cell in cells)
