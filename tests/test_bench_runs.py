@@ -75,6 +75,39 @@ def test_a_layer_that_does_not_fit_is_left_out_with_a_line(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("small_probe")
+@pytest.mark.parametrize(("copies", "together"), [(1, 2), (2, 1), (4, 0)])  # one copy is that of "packed"
+def test_contenders_are_measured_together_as_far_as_memory_goes(copies, together, monkeypatch, capsys):
+    alive, most = set(), [0]
+
+    class Heavy(contenders.NumpyLoop):
+        def __init__(self, task):
+            super().__init__(task)
+            alive.add(self)
+            most[0] = max(most[0], len(alive))
+
+        def close(self):
+            alive.remove(self)
+            super().close()
+
+    shape = bench.parse_layer("8x2x16x32")
+    weights = 4 * shape.numbers
+    cells = suite.Settings(layers=(shape,), tokens=(4,), routings=("uniform",), passes=("forward",)).cells()
+    free = 3.5 * weights + suite.memory_of_calls(cells, "float32")
+    monkeypatch.setattr(suite, "available_memory", lambda: free)
+    for name in ("a", "b", "c"):
+        monkeypatch.setitem(contenders.CONTENDERS, name, Heavy)
+        monkeypatch.setitem(suite.COPIES, name, copies)
+    options = ["--layers", "8x2x16x32", "--tokens", "4", "--passes", "forward", "--routing", "uniform"]
+    assert main(["bench", "--quick", "--seconds", "0.01", *options]) == 0
+    printed = capsys.readouterr().out
+    assert most[0] == together
+    assert not alive
+    for name in ("a", "b", "c"):
+        assert bool(re.search(rf"^ +{name} +\d", printed, re.MULTILINE)) == (together > 0)
+        assert ("missing" in printed) == (together == 0)
+
+
+@pytest.mark.usefixtures("small_probe")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scaling_is_relative_to_the_first(dtype, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "EXPERTS", (8, 16))

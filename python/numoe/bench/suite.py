@@ -138,13 +138,19 @@ def _print_run(settings: Settings, machine: Machine, result: report.Row) -> None
 
 
 def memory_needed(cells: list[Cell], dtype: str) -> float:
-    """Bytes: weights and perhaps gradients, rows of one call (three copies), the probe, and the check in float64."""
+    """Bytes: weights and perhaps gradients, and what the calls need."""
+    copies = 1 + any(cell.backward for cell in cells)
+    return np.dtype(compute_dtype(dtype)).itemsize * copies * cells[0].shape.numbers + memory_of_calls(cells, dtype)
+
+
+def memory_of_calls(cells: list[Cell], dtype: str) -> float:
+    """Bytes: rows of one call (three copies), the probe, and the check in float64."""
     shape, itemsize = cells[0].shape, np.dtype(compute_dtype(dtype)).itemsize
     copies = 1 + any(cell.backward for cell in cells)
     rows = max(cell.tokens for cell in cells) * shape.top_k * (2 * shape.d_model + 3 * shape.d_ff)
     hit = min(shape.num_experts, checked_tokens(shape) * shape.top_k)
     checked = hit * shape.numbers_per_expert + shape.shared_numbers
-    return itemsize * (copies * shape.numbers + 3 * rows) + 8 * copies * checked + DRAM_SIZE / 2
+    return itemsize * 3 * rows + 8 * copies * checked + DRAM_SIZE / 2
 
 
 class LayerRun:
@@ -216,7 +222,7 @@ class LayerRun:
     def _some_runners(self, waiting: dict[str, Prepare], cells: list[Cell], result: report.Row) -> dict[str, Runner]:
         """Takes out of `waiting`, in order, those for whose copies of the weights there is memory; one at least."""
         runners: dict[str, Runner] = {}
-        free = available_memory()
+        free = available_memory() - memory_of_calls(cells, self._dtype)
         while waiting:
             name, prepare = next(iter(waiting.items()))
             needed = self._memory_of(name, cells)
