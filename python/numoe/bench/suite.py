@@ -18,7 +18,7 @@ from numoe.bench import report
 from numoe.bench.accuracy import Sample, checked_tokens, error_against_reference, error_of_sample, is_wrong, sample
 from numoe.bench.contenders import CONTENDERS, Array, ContenderUnavailableError, Prepare, Runner, Task
 from numoe.bench.machine import DRAM_SIZE, Limits, Machine, available_memory, set_blas_threads, settle
-from numoe.bench.peers import COPIES, PEERS, versions
+from numoe.bench.peers import ALONE, COPIES, PEERS, versions
 from numoe.bench.timing import Timing, measure
 from numoe.bench.workloads import (
     DTYPES,
@@ -226,7 +226,7 @@ class LayerRun:
         while waiting:
             name, prepare = next(iter(waiting.items()))
             needed = self._memory_of(name, cells)
-            if runners and needed > free:
+            if runners and (needed > free or name in ALONE or ALONE & runners.keys()):
                 break
             del waiting[name]
             with self._refusal(name, result):

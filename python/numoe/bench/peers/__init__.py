@@ -32,6 +32,8 @@ _PACKAGES = {
 }
 COPIES = {"packed": 1, "torch-loop": 1, "torch-grouped": 1, "onnxruntime": 2, "zentorch": 2, "ggml": 1, "kt-kernel": 2}
 """How many copies of the weights each contender holds at most; 0 where it is not listed."""
+ALONE = {"kt-kernel"}
+"""Contenders whose idle threads keep CPUs busy: others beside them would be slower by a third."""
 
 
 def _lazy(module: str, name: str) -> Prepare:
