@@ -104,7 +104,7 @@ def test_contenders_are_measured_together_as_far_as_memory_goes(copies, together
     assert not alive
     for name in ("a", "b", "c"):
         assert bool(re.search(rf"^ +{name} +\d", printed, re.MULTILINE)) == (together > 0)
-        assert ("missing" in printed) == (together == 0)
+    assert ("missing" in printed) == (together == 0)
 
 
 @pytest.mark.usefixtures("small_probe")

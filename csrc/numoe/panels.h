@@ -236,8 +236,8 @@ class RowMajor {
 
  private:
   static constexpr Index low = 6;  // rows of a tile
-  static constexpr Index cache = Index{256}
-                                 << 10;  // bytes, for sums, and for the part of a matrix over which a sweep passes
+  // Bytes for the sums of matrices in place, and as many for the part over which one sweep passes.
+  static constexpr Index cache = Index{256} << 10;
   static constexpr Index wide = 1024, wide_depth = 128, deep = 256, deep_depth = 512;  // bytes of panels' rows, rows
   static bool many(Index tiles) { return tiles * kernels<T>().tile_rows > 168; }
 

@@ -137,7 +137,8 @@ class Asking {
   Index step_, lines_;
 };
 
-// Asks for the `bytes` that lie `near` bytes beyond b.  From a cache that holds the rows between, which collide in the L1.
+// Asks for the `bytes` that lie `near` bytes beyond b.  Into the L2: rows a power of two apart, which are read before, would
+// drive them out of the L1.
 template <Index bytes>
 inline void ask_near(const void* b, Index near) {
   const char* p = static_cast<const char*>(b) + near;

@@ -189,10 +189,8 @@ class LayerRun:
         self, waiting: dict[str, Prepare], cells: list[Cell], rows: list[report.Row], result: report.Row
     ) -> None:
         """Measures those of `waiting` that can be there together, and takes them out."""
-        runners = self._some_runners(waiting, cells, result)
         with ExitStack() as opened:
-            for runner in runners.values():
-                opened.callback(runner.close)
+            runners = self._some_runners(waiting, cells, result, opened)
             for cell, row in zip(cells, rows, strict=True):
                 for name, runner in runners.items():
                     self._bar.set_description(f"{cell.shape.name} {name} {cell.passes} T={cell.tokens}")
@@ -219,8 +217,13 @@ class LayerRun:
         if entry not in result["unavailable"]:
             result["unavailable"].append(entry)
 
-    def _some_runners(self, waiting: dict[str, Prepare], cells: list[Cell], result: report.Row) -> dict[str, Runner]:
-        """Takes out of `waiting`, in order, those for whose copies of the weights there is memory; one at least."""
+    def _some_runners(
+        self, waiting: dict[str, Prepare], cells: list[Cell], result: report.Row, opened: ExitStack
+    ) -> dict[str, Runner]:
+        """Takes out of `waiting`, in order, those for whose copies of the weights there is memory; one at least.
+
+        `opened` closes them, also those that were there when a later one failed.
+        """
         runners: dict[str, Runner] = {}
         free = available_memory() - memory_of_calls(cells, self._dtype)
         while waiting:
@@ -233,7 +236,8 @@ class LayerRun:
                 if needed > free:
                     missing = f"{(needed - free) / 1e9:.1f} GB of memory are missing for {self._shape.name}"
                     raise ContenderUnavailableError(missing)
-                runners[name] = prepare(self._task(cells))
+                runner = runners[name] = prepare(self._task(cells))
+                opened.callback(runner.close)
                 free -= needed
         return runners
 

@@ -33,7 +33,7 @@ _PACKAGES = {
 COPIES = {"packed": 1, "torch-loop": 1, "torch-grouped": 1, "onnxruntime": 2, "zentorch": 2, "ggml": 1, "kt-kernel": 2}
 """How many copies of the weights each contender holds at most; 0 where it is not listed."""
 ALONE = {"kt-kernel"}
-"""Contenders whose idle threads keep CPUs busy: others beside them would be slower by a third."""
+"""Contenders whose idle threads keep CPUs busy: others beside them would take up to 1.4 times as long."""
 
 
 def _lazy(module: str, name: str) -> Prepare:
