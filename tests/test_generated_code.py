@@ -122,17 +122,22 @@ class Tile:
 
     @functools.cached_property
     def hot_loops(self) -> list[tuple[Instruction, ...]]:
-        """The innermost loops that multiply: with a line and without; of whole panels and of half ones; or just one."""
-        code = self.function.code
-        jumps = [(i.jumps_to, i.address) for i in code if i.jumps_to is not None]
-        loops = [(a, b) for a, b in jumps if code[0].address <= a <= b]
-        bodies = [tuple(i for i in code if a <= i.address <= b) for a, b in loops]
-        multiplying = [body for body in bodies if multiplications(body)]
-        return [body for body in multiplying if not any(set(other) < set(body) for other in multiplying)]
+        """With a line and without; of whole panels and of half ones; or just one."""
+        return multiplying_loops(self.function)
+
+
+def multiplying_loops(function: Function) -> list[tuple[Instruction, ...]]:
+    """The innermost loops that multiply."""
+    code = function.code
+    jumps = [(i.jumps_to, i.address) for i in code if i.jumps_to is not None]
+    loops = [(a, b) for a, b in jumps if code[0].address <= a <= b]
+    bodies = [tuple(i for i in code if a <= i.address <= b) for a, b in loops]
+    multiplying = [body for body in bodies if multiplications(body)]
+    return [body for body in multiplying if not any(set(other) < set(body) for other in multiplying)]
 
 
 def multiplications(code: tuple[Instruction, ...]) -> list[Instruction]:
-    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]|vdpbf16ps", i.mnemonic)]
+    return [i for i in code if re.fullmatch(r"vfn?m(add|sub)\d{3}[ps][sd]|v?mul[ps][sd]|v?t?dpbf16ps", i.mnemonic)]
 
 
 def stack_accesses(function: Function, code: tuple[Instruction, ...]) -> list[str]:
@@ -220,14 +225,29 @@ def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> No
             assert stack_accesses(tile.function, loop) == [], tile.function.name
 
 
+@pytest.mark.usefixtures("_optimised")
+def test_tiles_on_the_matrix_unit_keep_everything_in_registers() -> None:
+    """One loop for each number of panels, and one for two rows of tiles."""
+    mine = [f for f in functions() if f.file == "avx512_bf16.cpp" and "MatrixTile" in f.name]
+    loops = [(f, loop) for f in mine for loop in multiplying_loops(f)]
+    assert sorted(len(multiplications(loop)) for _, loop in loops) == [2, 4, 4, 6]  # halves of a panel times panels
+    for function, loop in loops:
+        assert all(i.mnemonic == "tdpbf16ps" for i in multiplications(loop))
+        assert stack_accesses(function, loop) == [], function.name
+
+
 # The loops that measure a CPU: their callers ask for the CPU's features, as those of the targets do.
-PROBES = re.compile(r"numoe_peak_avx(2|512)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<.*>\(.*")
+PROBES = re.compile(
+    r"numoe_peak_(avx2|avx512|amx)_b?f(16|32|64)|void numoe::\(anonymous namespace\)::read_avx(2|512)<.*>\(.*"
+)
 BEYOND_AVX2 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 
 
 def is_wide(instruction: Instruction) -> bool:
     """Whether a CPU without AVX stops here: all names of AVX and AVX-512 begin with v, or with k for masks."""
-    return instruction.mnemonic.startswith("v") or re.search(r"%[yz]mm|%k[0-7]", instruction.operands) is not None
+    of_amx = instruction.mnemonic in ("ldtilecfg", "tilerelease")
+    wide = re.search(r"%[yzt]mm|%k[0-7]", instruction.operands) is not None
+    return wide or of_amx or instruction.mnemonic.startswith("v")
 
 
 def test_wide_instructions_are_only_in_functions_of_their_own_target() -> None:
@@ -258,7 +278,7 @@ def test_avx2_needs_nothing_beyond_avx2() -> None:
 # ── objects, compiled here
 
 KERNEL_FILES = sorted(path.stem for path in KERNELS.glob("*.cpp") if path.stem != "target")
-LIBRARY = {"sqrt", "sqrtf", "memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf"}  # of C
+LIBRARY = {"syscall", "sqrt", "sqrtf", "memcpy", "memset", "memmove", "erf", "erff", "erfc", "erfcf"}  # of C
 COMPILER = {"_GLOBAL_OFFSET_TABLE_", "__cpu_model", "__cpu_features2", "__cpu_indicator_init", "__stack_chk_fail"}
 
 

@@ -52,7 +52,7 @@ def test_the_other_targets_pass_their_part_of_the_suite(target: str) -> None:
 
 def test_emulated_targets_have_the_shapes_of_the_real_ones() -> None:
     """Otherwise they would test other tiles than those that run on the CPUs they stand for."""
-    assert set(EMULATED) == {"emulated-avx512_bf16", "emulated-avx512", "emulated-avx2"}
+    assert set(EMULATED) == {"emulated-amx_bf16", "emulated-avx512_bf16", "emulated-avx512", "emulated-avx2"}
     for name, target in EMULATED.items():
         if original := REAL.get(name.removeprefix("emulated-")):
             for fact in ("float32_tile", "float64_tile", "bfloat16_dots"):

@@ -22,7 +22,7 @@ void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatc
         .run({}, y);
   };
   if constexpr (std::is_same_v<S, bfloat16>) {
-    if (kernels<T>().tile_dot) return run(PackedWeights<T, S, true>(experts));
+    if (kernels<T>().pairs) return run(PackedWeights<T, S, true>(experts));
   }
   run(PackedWeights<T, S>(experts));
 }

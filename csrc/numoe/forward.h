@@ -50,7 +50,7 @@ class PackedWeights {
     constexpr Index size = sizeof(Element) / sizeof(S);
     const Element* begin = reinterpret_cast<const Element*>(first);
     const Index count = num_panels(cols, kernels<T>().tile_cols);
-    return {begin + offset / size, step / size, count, begin + count * step / size, w_.from_memory()};
+    return {begin + offset / size, step / size, count, begin + count * step / size, w_.from_memory(), pairs};
   }
 
   const PackedExperts<S>& w_;
@@ -68,7 +68,7 @@ class Forward : Pipeline<T> {
   using Base = Pipeline<T>;
   Forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
           const ExpertOptions& options, bool combined, const Weights& matrices, ExpertBiases<T> bias)
-      : Base(x, dispatch, weights, d_model, d_ff, options, combined), matrices_(matrices), bias_(bias) {}
+      : Base(x, dispatch, weights, d_model, d_ff, options, combined, Weights::pairs), matrices_(matrices), bias_(bias) {}
 
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);
@@ -86,7 +86,7 @@ class Forward : Pipeline<T> {
   // hidden = act(gate) * up, stored as row tiles for the next product; either may be absent
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
     Workspace<T, 13> inputs(rows_of(range) * packed_size(D_));
-    this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data(), Weights::pairs);
+    this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
     const Index block = this->columns_per_task(2 * D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
@@ -99,13 +99,12 @@ class Forward : Pipeline<T> {
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
-  using Base::rows_of, Base::start, Base::tiles, Base::tokens;
-
-  static Index packed_size(Index depth) { return row_size(depth, Weights::pairs); }
+  using Base::packed_size, Base::rows_of, Base::start, Base::tiles, Base::tokens;
 
   // Expert e's rows of `depth` numbers, in a buffer for the experts of `range`.
   PackedRows<T> packed_rows(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
-    return {buffer + start(range, e, packed_size(depth)), tiles(e), packed_size(depth), Weights::pairs};
+    const Index size = packed_size(depth);
+    return {buffer + start(range, e, size), tiles(e), Weights::pairs ? (depth + 1) / 2 : depth, size};
   }
 
   // The first matrix of a GLU is w_gate; plain MLP experts have w_up alone.
@@ -114,7 +113,7 @@ class Forward : Pipeline<T> {
     const auto up = matrices_.up(e, col, cols);
     const auto gate = glu ? matrices_.gate(e, col, cols) : up;
     auto stage = up.stage();
-    for_passes<T>(x.tiles, [&](TileRange pass) {
+    for_passes(x.tiles, [&](TileRange pass) {
       const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
       const Index at_once = up.panels_at_once(pass.count(), height);
       T* pre = scratch<T, 1>((glu ? 2 : 1) * at_once * size);
@@ -153,18 +152,27 @@ class Forward : Pipeline<T> {
 
   // h (rows of the pass, W) → columns [col, col + cols) of the expert's row tiles; pairs are rounded in place
   void store_hidden(const RowTiles& row_tiles, TileRange pass, Index col, Index cols, T* h, T* hidden) const {
-    const bool whole = Weights::pairs && cols == W_;  // all rows in one go
-    const Index stride = whole ? packed_size(W_) : W_;
-    if (whole) kernel_.round_pairs((row_tiles.begin(pass.end) - row_tiles.begin(pass.begin)) * W_, T(1), h, h);
+    const Index size = packed_size(cols), stride = Weights::pairs && cols == W_ ? size : W_;
+    if (Weights::pairs) round_hidden(row_tiles.begin(pass.end) - row_tiles.begin(pass.begin), cols, h);
     const T* rows[max_tile_rows];
     for (Index i = pass.begin; i < pass.end; ++i) {
       const Index height = row_tiles.height(i);
-      for (Index r = 0; r < height; ++r, h += stride) {
-        if (Weights::pairs && !whole) kernel_.round_pairs(cols, T(1), h, h);
-        rows[r] = h;
-      }
+      for (Index r = 0; r < height; ++r, h += stride) rows[r] = h;
       T* const target = hidden + row_tiles.begin(i) * packed_size(F_) + packed_size(col) * height;
-      kernel_.transpose(packed_size(cols), height, rows, target, height);
+      if constexpr (Weights::pairs) {
+        pack_pairs(rows, height, size, target);
+      } else {
+        kernel_.transpose(size, height, rows, target, height);
+      }
+    }
+  }
+  // `cols` of W numbers in each row → pairs: whole rows one after the other, others where they are.
+  void round_hidden(Index rows, Index cols, T* h) const {
+    if (cols == W_) return kernel_.pairs.round(rows * W_, T(1), h, h);
+    const Index pairs = (cols + 1) / 2, padding = packed_size(cols) - pairs;
+    for (Index r = 0; r < rows; ++r, h += W_) {
+      kernel_.pairs.round(cols, T(1), h, h);
+      std::fill_n(h + pairs, padding, T(0));
     }
   }
 

@@ -91,7 +91,7 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   T* sums = scratch<T, 1>(height * (2 * width + depth));
   T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);
-  const PackedRows<T> rows{packed - first * depth, tiles, depth};
+  const PackedRows<T> rows{packed - first * depth, tiles, depth, depth};
   if (store == Store::stream && !(pays_to_stream<T>() && whole_lines(c))) store = Store::overwrite;
   if (store == Store::stream && tiles_can_carry<T>(depth)) {
     return stream_tiles(rows, range, b_panels, sums, c.row_range(first, first + height));

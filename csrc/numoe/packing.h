@@ -42,20 +42,22 @@ Operand<T> transposed(const Operand<T>& a) {
 
 constexpr Index max_tile_rows = 64, max_tile_cols = 64;  // of any target
 
-// How `rows` rows are cut into tiles of at most `max_height`: all heights equal or differing by one.
+// How `rows` rows are cut into tiles of at most `most_rows`: all heights equal or differing by one.
 class RowTiles {
  public:
-  RowTiles(Index rows, Index max_height)
-      : count_((rows + max_height - 1) / max_height),
+  RowTiles(Index rows, Index most_rows)
+      : most_rows_(most_rows),
+        count_((rows + most_rows - 1) / most_rows),
         height_(rows / std::max<Index>(1, count_)),
         higher_(rows - count_ * height_) {}
 
+  Index most_rows() const { return most_rows_; }
   Index count() const { return count_; }
   Index begin(Index tile) const { return tile * height_ + std::min(tile, higher_); }
   Index height(Index tile) const { return height_ + (tile < higher_ ? 1 : 0); }
 
  private:
-  Index count_, height_, higher_;  // the first `higher_` tiles have one row more
+  Index most_rows_, count_, height_, higher_;  // the first `higher_` tiles have one row more
 };
 
 struct TileRange {
@@ -212,20 +214,36 @@ class Workspace {
 
 // ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// How many T's a packed row of `depth` numbers is: one for each, or one for a pair of bfloat16.
-inline Index row_size(Index depth, bool pairs) { return pairs ? (depth + 1) / 2 : depth; }
-
-// Row tile [row, row + height) of a, rounded to bfloat16 → [pairs][height].  For rows that lie together: x.
+// How many T's a packed row of `depth` numbers is: one for each, or one for each pair, padded as tiles of pairs want them.
 template <class T>
-void pack_pairs(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
-  const Index size = row_size(depth, true);
+Index row_size(Index depth, bool pairs) {
+  if (!pairs) return depth;
+  const Index count = (depth + 1) / 2, together = kernels<T>().pairs.together;
+  return (count + together - 1) / together * together;
+}
+
+// Rows of `size` pairs → a tile's a, all of them or columns of it.
+template <class T>
+void pack_pairs(const T* const* rows, Index height, Index size, T* packed) {
+  const Index together = kernels<T>().pairs.together;
+  if (together == 1) return kernels<T>().transpose(size, height, rows, packed, height);
+  for (Index k = 0; k < size; k += together) {
+    for (Index r = 0; r < height; ++r, packed += together) std::copy_n(rows[r] + k, together, packed);
+  }
+}
+
+// Row tile [row, row + height) of a, rounded to bfloat16 → a tile's a.  For rows that lie together: x.
+template <class T>
+void pack_rounded_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
+  const Index size = row_size<T>(depth, true), pairs = (depth + 1) / 2;
   T* rounded = scratch<T, 0>(height * size);
   const T* rows[max_tile_rows];
   for (Index r = 0; r < height; ++r, rounded += size) {
-    kernels<T>().round_pairs(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
+    kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
+    std::fill_n(rounded + pairs, size - pairs, T(0));
     rows[r] = rounded;
   }
-  kernels<T>().transpose(size, height, rows, packed, height);
+  pack_pairs(rows, height, size, packed);
 }
 
 }  // namespace numoe

@@ -21,16 +21,16 @@ constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line
 // With few tiles per panel a product waits for memory: whatever touches the panel once more costs more than it saves.
 inline bool few(Index tiles) { return tiles <= 2; }
 
-// Rows of a left operand, packed: tile i is [depth][height(i)] from data + begin(i) * depth.  Pairs of bfloat16 are
-// multiplied by dots with panels of pairs; depth counts them.
+// Rows of a left operand, packed: tile i is as the kernels want it, from data + begin(i) * size, and so are its k's from
+// each block's first on.  With pairs of bfloat16, `depth` counts them.
 template <class T>
 struct PackedRows {
   const T* data;
   RowTiles tiles;
   Index depth;
-  bool pairs = false;
+  Index size;  // of a row, at least depth
 
-  const T* tile(Index i) const { return data + tiles.begin(i) * depth; }
+  const T* tile(Index i, Index k = 0) const { return data + tiles.begin(i) * size + k * tiles.height(i); }
 };
 
 // Rows k.. of a panel as a tile reads them: of the arithmetic's type, or bfloat16 pairs.
@@ -61,17 +61,17 @@ Panels<Source> panels_after(const Source& source, Index j, Index at_once, bool a
 // ── panels that are there ───────────────────────────────────────────────────────────────────────────────────────────
 
 // Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  `from_memory`: no cache keeps
-// the panels.  bfloat16 panels are
-// [depth/2][W][2]; they are widened in registers for few tiles, once per block for more, because widening twice costs less
-// than a pass through the cache.
+// the panels.  `pairs`: they and the rows consist of bfloat16 pairs.  Otherwise bfloat16 panels, [depth/2][W][2], are widened
+// in registers for few tiles, once per block for more, because widening twice costs less than a pass through the cache.
 template <class T, class S>
 class PackedPanels {
  public:
   struct Stage {};
-  PackedPanels(const S* data, Index step, Index count, const S* end, bool from_memory)
-      : data_(data), step_(step), count_(count), end_(end), from_memory_(from_memory) {}
+  PackedPanels(const S* data, Index step, Index count, const S* end, bool from_memory, bool pairs)
+      : data_(data), step_(step), count_(count), end_(end), from_memory_(from_memory), pairs_(pairs) {}
 
   Index count() const { return count_; }
+  bool pairs() const { return pairs_; }
 
   PanelBlock<T> block(Index j, Index k, Index depth, Index tiles) const {
     const S* panel = data_ + j * step_ + k * W_;
@@ -85,17 +85,17 @@ class PackedPanels {
     }
   }
   // Few rows read several panels at once, because memory is faster that way: side by side, if a tile has registers to spare
-  // for their sums, or in turns.  (Half a tile's rows gain more from a tile that asks ahead.)
+  // for their sums, or in turns.
   Index panels_at_once(Index tiles, Index rows) const {
     if (!few(tiles)) return 1;
-    const Index beside = (kernels<T>().tile_rows - 1) / rows, turns = takes_turns() ? max_side_by_side : 1;
-    return std::clamp<Index>(beside > 1 ? beside : turns, 1, std::min(count_, max_side_by_side));
+    const Index beside = panels_beside(rows), turns = takes_turns() ? max_side_by_side : 1;
+    return std::min(count_, beside > 1 ? beside : turns);
   }
   Stage stage() const { return {}; }
 
   // c = rows · panels [j, j + count) for few tiles; c is [count][rows][W].
   void multiply_together(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
-    const bool beside = range.count() == 1 && rows.tiles.height(range.begin) * count <= kernels<T>().tile_rows;
+    const bool beside = range.count() == 1 && count <= panels_beside(rows.tiles.height(range.begin));
     beside ? multiply_side_by_side(rows, range.begin, j, count, c) : multiply_in_turns(rows, range, j, count, c);
   }
   // What tile i of `tiles` asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block, which
@@ -110,9 +110,12 @@ class PackedPanels {
   }
 
  private:
+  Index panels_beside(Index rows) const {
+    return pairs_ ? kernels<T>().pairs.panels_beside(rows) : kernels<T>().panels_beside(rows);
+  }
   // Whether it pays to put the sums aside every few k's.  No tile does so with narrow numbers or with pairs.
   bool takes_turns() const {
-    return from_memory_ && std::is_same_v<S, T> && !kernels<T>().tile_dot && kernels<T>().few_lines_of_sums();
+    return from_memory_ && std::is_same_v<S, T> && !pairs_ && kernels<T>().few_lines_of_sums();
   }
 
   void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
@@ -124,7 +127,7 @@ class PackedPanels {
     };
     const S* panel = data_ + j * step_;
     if constexpr (std::is_same_v<S, T>) {
-      multiply(rows.pairs ? kernels<T>().broad_tile_dot : kernels<T>().broad_tile, panel);
+      multiply(pairs_ ? kernels<T>().pairs.broad_tile : kernels<T>().broad_tile, panel);
     } else {
       multiply(kernels<T>().broad_tile_bf16, panel);
     }
@@ -143,7 +146,7 @@ class PackedPanels {
         args.b = data_ + j * step_ + k * W_;
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
-          args.a = rows.tile(i) + k * height;
+          args.a = rows.tile(i, k);
           args.c = c + (rows.tiles.begin(i) - first) * W_;
           kernels<T>().sweeping_tile(height, args, neighbours);
         }
@@ -154,7 +157,7 @@ class PackedPanels {
   const S* data_;
   Index step_, count_;
   const S* end_;
-  bool from_memory_;
+  bool from_memory_, pairs_;
   Index W_ = kernels<T>().tile_cols;
 };
 
@@ -219,7 +222,7 @@ class RowMajor {
         args.b_stride = stride;
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
-          args.a = rows.tile(i) + k * height;
+          args.a = rows.tile(i, k);
           args.c = c + panel * size + (rows.tiles.begin(i) - first) * W_;
           const Neighbours neighbours{.panels = panels, .b_step = W_, .c_step = size};
           if constexpr (std::is_same_v<S, T>) {
@@ -287,7 +290,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
       for (Index i = range.begin; i < range.end; ++i) {
         const Index height = rows.tiles.height(i);
-        args.a = rows.tile(i) + k * height;
+        args.a = rows.tile(i, k);
         args.c = c + (rows.tiles.begin(i) - first) * width;
         args.ahead = source.ahead(j, k, depth, i - range.begin, n);
         tile(height, args);
@@ -298,7 +301,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       multiply(narrow, kernel.tile_bf16);
     } else {
       wide.b = b.wide;
-      multiply(wide, rows.pairs ? kernel.tile_dot : kernel.tile);
+      multiply(wide, source.pairs() ? kernel.pairs.tile : kernel.tile);
     }
   }
 }
@@ -340,7 +343,7 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
       panels.source->set_panel(args, staged, panels.count, p);
       for (Index i = range.begin; i < range.end; ++i) {
         const Index height = rows.tiles.height(i);
-        args.a = rows.tile(i) + now.k * height;
+        args.a = rows.tile(i, now.k);
         args.c = c + p * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
         kernel.carrying_tile(height, args, stage.next_share());
       }
@@ -370,10 +373,10 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
 }
 
 // body(tiles) for as many tiles at a time as their sums fit a cache beside the panel.
-template <class T, class Body>
+template <class Body>
 void for_passes(const RowTiles& row_tiles, Body body) {
   constexpr Index rows_of_sums = 256;
-  const Index count = row_tiles.count(), at_once = std::max<Index>(1, rows_of_sums / kernels<T>().tile_rows);
+  const Index count = row_tiles.count(), at_once = std::max<Index>(1, rows_of_sums / row_tiles.most_rows());
   const Index passes = (count + at_once - 1) / at_once;
   for (Index i = 0; i < passes; ++i) body(TileRange{i * count / passes, (i + 1) * count / passes});
 }
@@ -384,7 +387,7 @@ template <class T, class Source, class Use>
 void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use use) {
   const Index width = kernels<T>().tile_cols;
   auto stage = source.stage();
-  for_passes<T>(rows.tiles, [&](TileRange pass) {
+  for_passes(rows.tiles, [&](TileRange pass) {
     const Index row = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - row;
     const Index at_once = source.panels_at_once(pass.count(), height);
     const bool again = pass.end < rows.tiles.count();

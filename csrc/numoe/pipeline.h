@@ -59,11 +59,12 @@ template <class T>
 class Pipeline {
  public:
   Pipeline(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
-           const ExpertOptions& options, bool combined)
+           const ExpertOptions& options, bool combined, bool pairs = false)
       : x_(x),
         dispatch_(dispatch),
         options_(options),
         combined_(combined),
+        pairs_(pairs),
         D_(d_model),
         F_(d_ff),
         W_(kernel_.tile_cols),
@@ -74,7 +75,8 @@ class Pipeline {
   }
 
  protected:
-  RowTiles tiles(Index e) const { return {dispatch_.rows(e), kernel_.tile_rows}; }
+  RowTiles tiles(Index e) const { return {dispatch_.rows(e), pairs_ ? kernel_.pairs.tile_rows : kernel_.tile_rows}; }
+  Index packed_size(Index depth) const { return row_size<T>(depth, pairs_); }  // of a row
   const std::int32_t* tokens(Index e) const { return dispatch_.row_token.data() + dispatch_.begin(e); }
   const T* weights_of_rows(Index e) const {
     return row_weight_.size() ? row_weight_.data() + dispatch_.begin(e) : nullptr;
@@ -119,12 +121,12 @@ class Pipeline {
     });
   }
 
-  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles, of pairs if asked for.
+  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles.
   template <class Rows>
-  void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed, bool pairs = false) const {
+  void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
     constexpr Index tiles_per_task = 2;
-    const Index size = row_size(depth, pairs);
-    const auto pack = pairs ? pack_pairs<T> : pack_tile<T>;
+    const Index size = packed_size(depth);
+    const auto pack = pairs_ ? pack_rounded_tile<T> : pack_tile<T>;
     for_pieces(
         range, [&](Index e) { return (tiles(e).count() + tiles_per_task - 1) / tiles_per_task; },
         [&](Index e, Index piece) {
@@ -139,7 +141,7 @@ class Pipeline {
   MatrixView<const T> x_;
   const DispatchView& dispatch_;
   ExpertOptions options_;
-  bool combined_;
+  bool combined_, pairs_;  // pairs: rows are multiplied as bfloat16 pairs
   const Kernels<T>& kernel_ = kernels<T>();
   Index D_, F_, W_;
   Buffer<T> row_weight_;  // (M,), empty if the weights are absent

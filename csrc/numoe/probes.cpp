@@ -11,6 +11,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "numoe/kernels/matrix_unit.h"
 #include "numoe/parallel.h"
 
 namespace numoe {
@@ -84,6 +85,19 @@ NUMOE_PEAK_LOOP(avx2_f32, NUMOE_TARGET_AVX2, float, 32, 12, "x", _mm256_fmadd_ps
 NUMOE_PEAK_LOOP(avx2_f64, NUMOE_TARGET_AVX2, double, 32, 12, "x", _mm256_fmadd_pd)
 NUMOE_PEAK_LOOP(portable_f32, NUMOE_TARGET_PORTABLE, float, 16, 13, "x", NUMOE_UNFUSED)
 NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 13, "x", NUMOE_UNFUSED)
+
+// Four sums, as the tile for most rows has them.
+constexpr int amx_flops = 4 * 2 * matrix_side * matrix_side * 2 * matrix_side;
+extern "C" [[gnu::visibility("default")]] void numoe_peak_amx_bf16(Index steps, float*) {
+  Amx unit(2 * matrix_side);
+  for (Index step = 0; step < steps; ++step) {
+    unit.multiply_add<0, 4, 6>();
+    unit.multiply_add<1, 4, 7>();
+    unit.multiply_add<2, 5, 6>();
+    unit.multiply_add<3, 5, 7>();
+  }
+  unit.give_back();
+}
 NUMOE_READ_LOOP(avx512, NUMOE_TARGET_AVX512, 64)
 NUMOE_READ_LOOP(avx2, NUMOE_TARGET_AVX2, 32)
 #elif defined(__aarch64__)
@@ -107,12 +121,15 @@ constexpr PeakLoop<T> peak_loop(void (*run)(Index, T*), int accumulators, int by
 
 #if defined(__x86_64__)
 bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 constexpr PeakProbe probes[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", "64-byte vectors, fused multiply-add, bfloat16 dot products",
-     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+    {"amx_bf16", "64-byte vectors, fused multiply-add, bfloat16 products of matrices",
+     [] { return has_avx512_bf16() && has_amx_bf16(); }, peak_loop<float>(numoe_peak_avx512_f32, 14, 64),
+     peak_loop<double>(numoe_peak_avx512_f64, 14, 64), {amx_flops, numoe_peak_amx_bf16}},
+    {"avx512_bf16", "64-byte vectors, fused multiply-add, bfloat16 dot products", has_avx512_bf16,
      peak_loop<float>(numoe_peak_avx512_f32, 14, 64), peak_loop<double>(numoe_peak_avx512_f64, 14, 64),
      peak_loop<bfloat16>(numoe_peak_avx512_bf16, 14, 64)},
     {"avx512", "64-byte vectors, fused multiply-add", has_avx512, peak_loop<float>(numoe_peak_avx512_f32, 14, 64),

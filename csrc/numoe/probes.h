@@ -25,7 +25,7 @@ struct PeakProbe {
   bool (*supported)();  // running it on a CPU without is an illegal instruction
   PeakLoop<float> f32;
   PeakLoop<double> f64;
-  PeakLoop<float> bf16 = {};  // dot products of bfloat16 pairs, added up in float32; run is null without them
+  PeakLoop<float> bf16 = {};  // products of bfloat16 pairs, added up in float32; run is null without them
 };
 
 // Widest first; the last one, "portable", runs everywhere.

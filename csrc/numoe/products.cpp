@@ -62,14 +62,14 @@ void ProductProbe::multiply(float* matrix) {
 }
 
 void ProductProbe::multiply_packed(const float* matrix) const {
-  const PackedRows<float> rows{left_.data(), tiles_of(rows_), depth_};
+  const PackedRows<float> rows{left_.data(), tiles_of(rows_), depth_, depth_};
   const float* const end = matrices_.data() + matrices_.size();
-  const PackedPanels<float, float> panels{matrix, depth_ * width(), num_panels(cols_, width()), end, true};
+  const PackedPanels<float, float> panels{matrix, depth_ * width(), num_panels(cols_, width()), end, true, false};
   for_panels(rows, panels, cols_, nobody_uses);
 }
 
 void ProductProbe::multiply_row_major(const float* matrix) const {
-  const PackedRows<float> rows{left_.data(), tiles_of(rows_), depth_};
+  const PackedRows<float> rows{left_.data(), tiles_of(rows_), depth_, depth_};
   for_panels(rows, RowMajor<float, float>({matrix, depth_, cols_, cols_}, 0, cols_), cols_, nobody_uses);
 }
 

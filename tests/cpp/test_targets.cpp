@@ -1,4 +1,4 @@
-// The choice of a target on CPUs that this machine is not, and what dot products of bfloat16 pairs are.
+// The choice of a target on CPUs that this machine is not, and what products of bfloat16 pairs are.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -73,94 +73,158 @@ void test_supported_tables_run() {
   CHECK(numoe::kernel_tables().back()->supported());
 }
 
-// ── dot products ────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── products of bfloat16 pairs ──────────────────────────────────────────────────────────────────────────────────────
 
-using Dots = const numoe::Kernels<float>;
+using Kernel = const numoe::Kernels<float>;
 
 template <class Test>
-void with_every_target_that_has_dots(Test test) {
+void with_every_target_that_has_pairs(Test test) {
   for (const auto tables : {numoe::kernel_tables(), numoe::emulated_tables()}) {
     for (const KernelTable* table : tables) {
-      if (table->supported() && table->f32.tile_dot) test(table->f32);
+      if (table->supported() && table->f32.pairs) test(table->f32);
     }
   }
 }
+bool has_matrix_unit(Kernel& kernel) { return kernel.pairs.together > 1; }
 
 float pair(float even, float odd) {
   const std::uint32_t low = numoe::round_to_bfloat16(even).bits, high = numoe::round_to_bfloat16(odd).bits;
   return std::bit_cast<float>(high << 16 | low);
 }
+std::uint32_t bits(float value) { return std::bit_cast<std::uint32_t>(value); }
+
+// a(k, r) for a tile of `height` rows, in the order of the kernel's tiles.
+template <class Number>
+std::vector<float> packed_rows(Kernel& kernel, Index depth, Index height, Number number) {
+  const Index group = kernel.pairs.together, groups = (depth + group - 1) / group;
+  std::vector<float> a(static_cast<std::size_t>(groups * height * group + 1));
+  for (Index k = 0; k < depth; ++k) {
+    for (Index r = 0; r < height; ++r) {
+      a[static_cast<std::size_t>(k / group * height * group + r * group + k % group)] = number(k, r);
+    }
+  }
+  return a;
+}
 
 // sum + a · b as every lane of a tile computes it.
-float dot(Dots& kernel, float sum, float a, float b) {
+float product(Kernel& kernel, float sum, float a, float b) {
+  const auto rows = packed_rows(kernel, 1, 1, [=](Index, Index) { return a; });
   std::vector<float> panel(static_cast<std::size_t>(kernel.tile_cols), b), c(panel.size(), sum);
-  numoe::TileArgs<float> args{.depth = 1, .a = &a, .b = panel.data(), .b_stride = kernel.tile_cols, .c = c.data()};
+  numoe::TileArgs<float> args{.depth = 1, .a = rows.data(), .b = panel.data(), .c = c.data()};
   args.c_stride = kernel.tile_cols;
   args.store = numoe::Store::accumulate;
-  kernel.tile_dot(1, args);
-  for (const float value : c) CHECK(std::bit_cast<std::uint32_t>(value) == std::bit_cast<std::uint32_t>(c[0]));
+  kernel.pairs.tile(1, args);
+  for (const float value : c) CHECK(bits(value) == bits(c[0]));
   return c[0];
 }
 
-void test_a_dot_adds_the_odd_product_first(Dots& kernel) {
-  CHECK(dot(kernel, 1, pair(-4096, 4096), pair(4096, 4096)) == 0);  // 1 + 2^24 is a tie and rounds to 2^24
-  CHECK(dot(kernel, 1, pair(4096, 0), pair(4096, 0)) == 0x1p24f);
-  CHECK(dot(kernel, 3, pair(4096, 0), pair(4096, 0)) == 0x1p24f + 4);
+void test_the_order_of_a_pair(Kernel& kernel) {
+  // A dot adds the odd product first: 1 + 2^24 is a tie and rounds to 2^24.  A matrix adds both products to each other.
+  const float expected = has_matrix_unit(kernel) ? 1.0f : 0.0f;
+  CHECK(product(kernel, 1, pair(-4096, 4096), pair(4096, 4096)) == expected);
+  CHECK(product(kernel, 1, pair(4096, 0), pair(4096, 0)) == 0x1p24f);
+  CHECK(product(kernel, 3, pair(4096, 0), pair(4096, 0)) == 0x1p24f + 4);
 }
 
-void test_a_dot_is_fused(Dots& kernel) {
-  const float largest = std::numeric_limits<float>::max();
-  CHECK(dot(kernel, -largest, pair(0, 0x1p64f), pair(0, 0x1p64f)) == 0x1p104f);  // 2^128 alone is infinite
-  CHECK(dot(kernel, -largest, pair(0x1p64f, 0), pair(0x1p64f, 0)) == 0x1p104f);
+void test_dots_are_fused_with_the_sum(Kernel& kernel) {
+  const float largest = std::numeric_limits<float>::max();  // 2^128 alone is infinite
+  const float expected = has_matrix_unit(kernel) ? std::numeric_limits<float>::infinity() : 0x1p104f;
+  CHECK(product(kernel, -largest, pair(0, 0x1p64f), pair(0, 0x1p64f)) == expected);
+  CHECK(product(kernel, -largest, pair(0x1p64f, 0), pair(0x1p64f, 0)) == expected);
 }
 
-void test_a_dot_takes_subnormal_numbers_for_zero(Dots& kernel) {
+void test_subnormal_numbers_count_as_zero(Kernel& kernel) {
   constexpr float subnormal = 0x1p-130f, large = 0x1p100f, small = 0x1p-64f;
-  CHECK(dot(kernel, 0, pair(subnormal, subnormal), pair(large, large)) == 0);
-  CHECK(dot(kernel, 0, pair(large, large), pair(subnormal, subnormal)) == 0);
-  CHECK(dot(kernel, subnormal, pair(0, 0), pair(1, 1)) == 0);
-  CHECK(dot(kernel, 0, pair(0, small), pair(0, small)) == 0);  // a subnormal result
-  CHECK(dot(kernel, 0, pair(0, 2 * small), pair(0, small / 2)) == 0);
-  CHECK(dot(kernel, 0, pair(0, small), pair(0, 0x1p-62f)) == 0x1p-126f);
+  CHECK(product(kernel, 0, pair(subnormal, subnormal), pair(large, large)) == 0);
+  CHECK(product(kernel, 0, pair(large, large), pair(subnormal, subnormal)) == 0);
+  CHECK(product(kernel, subnormal, pair(0, 0), pair(1, 1)) == 0);
+  CHECK(product(kernel, 0, pair(0, small), pair(0, small)) == 0);  // a subnormal result
+  CHECK(product(kernel, 0, pair(0, 2 * small), pair(0, small / 2)) == 0);
+  CHECK(product(kernel, 0, pair(0, small), pair(0, 0x1p-62f)) == 0x1p-126f);
 }
 
-void test_a_dot_passes_on_what_is_no_number(Dots& kernel) {
+void test_what_is_no_number_is_passed_on(Kernel& kernel) {
   constexpr float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
-  CHECK(dot(kernel, 1, pair(0, inf), pair(0, 1)) == inf);
-  CHECK(std::isnan(dot(kernel, 1, pair(inf, 0), pair(0, 0))));
-  CHECK(std::isnan(dot(kernel, 1, pair(0, nan), pair(0, 1))));
-  CHECK(std::isnan(dot(kernel, nan, pair(0, 0), pair(0, 0))));
+  CHECK(product(kernel, 1, pair(0, inf), pair(0, 1)) == inf);
+  CHECK(std::isnan(product(kernel, 1, pair(inf, 0), pair(0, 0))));
+  CHECK(std::isnan(product(kernel, 1, pair(0, nan), pair(0, 1))));
+  CHECK(std::isnan(product(kernel, nan, pair(0, 0), pair(0, 0))));
 }
 
-// Every height, and depths around the unrolled ones: integers, so that sums are exact.
-void test_tiles_of_dots(Dots& kernel) {
+// c of a tile, or of panels side by side, behind which there is nothing but NaN.
+std::vector<float> tile_of(Kernel& kernel, Index height, Index depth, Index panels, numoe::Store store,
+                           const std::vector<float>& a, const std::vector<float>& b, float before) {
   const Index width = kernel.tile_cols;
-  for (Index height = 1; height <= kernel.tile_rows; ++height) {
-    for (const Index depth : {0, 1, 2, 3, 7, 40}) {
-      const auto number = [](Index k, Index i) { return static_cast<float>((k * 7 + i * 3) % 11 - 5); };
-      std::vector<float> a(static_cast<std::size_t>(depth * height + 1)),
-          b(static_cast<std::size_t>(depth * width + 1));
-      std::vector<float> c(static_cast<std::size_t>(height * width), 1.0f);
-      for (Index k = 0; k < depth; ++k) {
-        for (Index r = 0; r < height; ++r) a[k * height + r] = pair(number(2 * k, r), number(2 * k + 1, r));
-        for (Index j = 0; j < width; ++j) b[k * width + j] = pair(number(j, 2 * k), number(j, 2 * k + 1));
-      }
-      numoe::TileArgs<float> args{.depth = depth, .a = a.data(), .b = b.data(), .b_stride = width, .c = c.data()};
-      args.c_stride = width;
-      args.store = depth % 2 ? numoe::Store::accumulate : numoe::Store::overwrite;
-      kernel.tile_dot(height, args);
-      for (Index r = 0; r < height; ++r) {
-        for (Index j = 0; j < width; ++j) {
+  std::vector<float> c(static_cast<std::size_t>(panels * height * width), before);
+  numoe::TileArgs<float> args{.depth = depth, .a = a.data(), .b = b.data(), .c = c.data()};
+  args.c_stride = width;
+  args.store = store;
+  if (panels == 1) {
+    kernel.pairs.tile(height, args);
+  } else {
+    kernel.pairs.broad_tile(height, args, {.panels = panels, .b_step = depth * width, .c_step = height * width});
+  }
+  return c;
+}
+
+// Every height, every number of panels, and depths around those that are multiplied at once: integers, so that sums are
+// exact.
+void test_tiles_of_pairs(Kernel& kernel) {
+  const Index width = kernel.tile_cols;
+  const auto number = [](Index k, Index i) { return static_cast<float>((k * 7 + i * 3) % 11 - 5); };
+  for (Index height = 1; height <= kernel.pairs.tile_rows; ++height) {
+    for (const Index depth : {0, 1, 2, 3, 7, 16, 40}) {
+      const auto a = packed_rows(kernel, depth, height,
+                                 [&](Index k, Index r) { return pair(number(2 * k, r), number(2 * k + 1, r)); });
+      for (Index panels = 1; panels <= kernel.pairs.panels_beside(height); ++panels) {
+        std::vector<float> b(static_cast<std::size_t>(panels * depth * width));
+        for (Index i = 0; i < panels * depth * width; ++i) {
+          const Index k = i / width % depth, j = i % width + i / width / depth;
+          b[static_cast<std::size_t>(i)] = pair(number(j, 2 * k), number(j, 2 * k + 1));
+        }
+        b.resize(b.size() + 64, std::numeric_limits<float>::quiet_NaN());
+        const auto store = depth % 2 ? numoe::Store::accumulate : numoe::Store::overwrite;
+        const auto c = tile_of(kernel, height, depth, panels, store, a, b, 1.0f);
+        for (Index i = 0; i < panels * height * width; ++i) {
+          const Index p = i / width / height, r = i / width % height, j = i % width + p;
           float sum = depth % 2 ? 1.0f : 0.0f;
           for (Index k = 0; k < 2 * depth; ++k) sum += number(k, r) * number(j, k);
-          CHECK(c[r * width + j] == sum);
+          CHECK(c[static_cast<std::size_t>(i)] == sum);
         }
       }
     }
   }
 }
 
-void test_pairs_are_rounded(Dots& kernel) {
+// What the emulated targets compute is what the manual says; the CPU has to agree, on numbers of all sizes.
+void test_emulated_pairs_have_the_bits_of_real_ones() {
+  for (const KernelTable* real : numoe::kernel_tables()) {
+    for (const KernelTable* pretends : numoe::emulated_tables()) {
+      if (!real->supported() || !real->f32.pairs || pretends->name != "emulated-" + std::string(real->name)) continue;
+      std::uint32_t state = 1;
+      const auto any = [&] { return std::bit_cast<float>(state = state * 1664525u + 1013904223u); };
+      const auto usual = [&](Index, Index) {  // most of them near 1, so that few sums are infinite
+        const float wild = any();
+        return state >> 28 == 0 ? wild : std::bit_cast<float>((bits(wild) & 0xc3ffc3ffu) | 0x3c003c00u);
+      };
+      constexpr Index depth = 53;
+      for (Index height = 1; height <= real->f32.pairs.tile_rows; ++height) {
+        const auto a = packed_rows(real->f32, depth, height, usual);
+        std::vector<float> b(static_cast<std::size_t>(depth * real->f32.tile_cols));
+        for (float& value : b) value = usual(0, 0);
+        const auto tile = [&](const KernelTable* table) {
+          return tile_of(table->f32, height, depth, 1, numoe::Store::accumulate, a, b, 0.3f);
+        };
+        const auto c = tile(real), expected = tile(pretends);
+        for (std::size_t i = 0; i < c.size(); ++i) {
+          CHECK(bits(c[i]) == bits(expected[i]) || (std::isnan(c[i]) && std::isnan(expected[i])));
+        }
+      }
+    }
+  }
+}
+
+void test_pairs_are_rounded(Kernel& kernel) {
   for (std::size_t n = 1; n < 70; ++n) {
     std::vector<float> x(n), pairs((n + 1) / 2 + 1, 7.0f);
     // all exponents, ties to even and to odd, just beside them, NaN with a payload that rounding would lose
@@ -172,7 +236,7 @@ void test_pairs_are_rounded(Dots& kernel) {
     x[0] = std::bit_cast<float>(0x807fffffu);  // subnormal, and nearest to a number that is not
     x[n / 2] = std::bit_cast<float>(0x7f800001u);
     for (const float factor : {1.0f, -0.7f}) {
-      kernel.round_pairs(static_cast<Index>(n), factor, x.data(), pairs.data());
+      kernel.pairs.round(static_cast<Index>(n), factor, x.data(), pairs.data());
       for (std::size_t i = 0; i < 2 * ((n + 1) / 2); ++i) {
         const std::uint32_t word = std::bit_cast<std::uint32_t>(pairs[i / 2]),
                             half = i % 2 ? word >> 16 : word & 0xffff;
@@ -183,8 +247,8 @@ void test_pairs_are_rounded(Dots& kernel) {
       }
       CHECK(pairs.back() == 7.0f);
     }
-    kernel.round_pairs(static_cast<Index>(n), 1.0f, x.data(), pairs.data());
-    kernel.round_pairs(static_cast<Index>(n), 1.0f, x.data(), x.data());
+    kernel.pairs.round(static_cast<Index>(n), 1.0f, x.data(), pairs.data());
+    kernel.pairs.round(static_cast<Index>(n), 1.0f, x.data(), x.data());
     CHECK(std::memcmp(x.data(), pairs.data(), (n + 1) / 2 * sizeof(float)) == 0);
   }
 }
@@ -196,11 +260,12 @@ int main() {
   test_a_name_chooses();
   test_what_the_cpu_lacks_is_refused_with_what_it_has();
   test_supported_tables_run();
-  with_every_target_that_has_dots(test_a_dot_adds_the_odd_product_first);
-  with_every_target_that_has_dots(test_a_dot_is_fused);
-  with_every_target_that_has_dots(test_a_dot_takes_subnormal_numbers_for_zero);
-  with_every_target_that_has_dots(test_a_dot_passes_on_what_is_no_number);
-  with_every_target_that_has_dots(test_tiles_of_dots);
-  with_every_target_that_has_dots(test_pairs_are_rounded);
+  with_every_target_that_has_pairs(test_the_order_of_a_pair);
+  with_every_target_that_has_pairs(test_dots_are_fused_with_the_sum);
+  with_every_target_that_has_pairs(test_subnormal_numbers_count_as_zero);
+  with_every_target_that_has_pairs(test_what_is_no_number_is_passed_on);
+  with_every_target_that_has_pairs(test_tiles_of_pairs);
+  with_every_target_that_has_pairs(test_pairs_are_rounded);
+  test_emulated_pairs_have_the_bits_of_real_ones();
   return 0;
 }

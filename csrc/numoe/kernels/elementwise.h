@@ -5,6 +5,7 @@
 
 #include "numoe/kernels/kernels.h"
 #include "numoe/kernels/lanes.h"
+#include "numoe/kernels/matrix_tile.h"
 #include "numoe/kernels/routing.h"
 #include "numoe/kernels/tile.h"
 #include "numoe/kernels/transpose.h"
@@ -188,14 +189,13 @@ constexpr Kernels<T> make_kernels() {
                    .unpacked_part = unpacked_part<T, N>,
                    .unpacked_tile = Tile<T, N, R>::run_unpacked,
                    .broad_tile = Tile<T, N, R>::run_broad,
+                   .panels_beside = Tile<T, N, R>::panels_beside,
                    .carrying_tile = Tile<T, N, R>::run_carrying,
                    .carry = carry<T, N>,
                    .tile_bf16 = nullptr,
                    .broad_tile_bf16 = nullptr,
                    .sweeping_tile_narrow = nullptr,
-                   .tile_dot = nullptr,
-                   .broad_tile_dot = nullptr,
-                   .round_pairs = nullptr,
+                   .pairs = {},
                    .copy_panel = copy_panel<T, N>,
                    .widen = nullptr,
                    .widen_panel = nullptr,
@@ -222,9 +222,25 @@ constexpr Kernels<T> make_kernels() {
 template <int N, int R>
 constexpr Kernels<float> make_dot_kernels() {
   Kernels<float> table = make_kernels<float, N, R>();
-  table.tile_dot = Tile<float, N, R>::run_dot;
-  table.broad_tile_dot = Tile<float, N, R>::run_broad_dot;
-  table.round_pairs = round_pairs<N>;
+  table.pairs = {.tile_rows = R,
+                 .panels_beside = Tile<float, N, R>::panels_beside,
+                 .tile = Tile<float, N, R>::run_dot,
+                 .broad_tile = Tile<float, N, R>::run_broad_dot,
+                 .round = round_pairs<N>};
+  return table;
+}
+
+// The float32 table of a target with products of whole tiles of bfloat16 pairs, on `Unit`.
+template <class Unit, int N, int R>
+constexpr Kernels<float> make_matrix_kernels() {
+  Kernels<float> table = make_kernels<float, N, R>();
+  static_assert(N == MatrixTile<Unit>::side);
+  table.pairs = {.tile_rows = MatrixTile<Unit>::rows,
+                 .together = MatrixTile<Unit>::side,
+                 .panels_beside = MatrixTile<Unit>::panels_beside,
+                 .tile = MatrixTile<Unit>::run,
+                 .broad_tile = MatrixTile<Unit>::run_broad,
+                 .round = round_pairs<N>};
   return table;
 }
 

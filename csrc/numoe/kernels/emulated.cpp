@@ -8,7 +8,11 @@ bool everywhere() { return true; }
 
 }  // namespace
 
-extern const KernelTable emulated_avx512_bf16_table, emulated_avx512_table, emulated_avx2_table;
+extern const KernelTable emulated_amx_bf16_table, emulated_avx512_bf16_table, emulated_avx512_table,
+    emulated_avx2_table;
+const KernelTable emulated_amx_bf16_table = {
+    "emulated-amx_bf16", "the shapes of amx_bf16 on the baseline's vectors, its products number by number: for tests",
+    everywhere, make_matrix_kernels<EmulatedMatrix, 16, 14>(), make_kernels<double, 8, 14>()};
 const KernelTable emulated_avx512_bf16_table = {
     "emulated-avx512_bf16", "the shapes of avx512_bf16 on the baseline's vectors, its dots number by number: for tests",
     everywhere, make_dot_kernels<16, 14>(), make_kernels<double, 8, 14>()};

@@ -93,6 +93,24 @@ struct RoutingKernels {
   void (*curve)(Curve, Index n, const T* z, T* s);  // s = curve(z), possibly in place
 };
 
+// Products of bfloat16 pairs: of numbers that are pairs in a and b, so that depth counts pairs and a bfloat16 panel is such a
+// b.  A pair is two numbers in the 32 bits of a T, that of the even k in the lower half.  Subnormal numbers count as 0.
+// All of it is absent where the target has no instructions for them, and for double.
+template <class T>
+struct PairKernels {
+  Index tile_rows = 0;  // R
+  Index together = 1;   // G: a is [depth / G][rows][G], of zeros beyond depth
+  Index (*panels_beside)(Index rows) = nullptr;  // how many broad_tile takes, 1: none beside another
+
+  void (*tile)(Index rows, const TileArgs<T>&) = nullptr;
+  void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;
+  // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16, subnormal numbers as 0; the last of an odd n is
+  // paired with 0.  Possibly in place.
+  void (*round)(Index n, T factor, const T* x, T* pairs) = nullptr;
+
+  explicit operator bool() const { return tile != nullptr; }
+};
+
 template <class T>
 struct Kernels {
   Index tile_rows;  // R, the largest `rows` of a tile
@@ -106,9 +124,10 @@ struct Kernels {
   // Store::overwrite or accumulate.
   Index unpacked_rows, unpacked_part;
   void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last);
-  // tile for all panels at every k, which reads as many streams of memory: rows * panels <= R, at most max_side_by_side
-  // panels.  Nothing is asked for: the hardware does better where it follows several streams.
+  // tile for all panels at every k, which reads as many streams of memory.  Nothing is asked for: the hardware does better
+  // where it follows several streams.
   void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
+  Index (*panels_beside)(Index rows);  // how many broad_tile takes, 1: none beside another
   // tile while it moves lines; nothing is asked `ahead`.
   void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&);
   void (*carry)(Carry&);
@@ -120,16 +139,7 @@ struct Kernels {
   // sweeping_tile with rows of bfloat16 numbers, as a matrix has them.  Absent for double.
   void (*sweeping_tile_narrow)(Index rows, const TileArgs<T, bfloat16>&, const Neighbours&);
 
-  // Dot products of bfloat16 pairs.  A pair is two numbers in the 32 bits of a T, that of the even k in the lower half.
-  // Absent where the target has no instruction for them, and for double.
-  //
-  // tile and broad_tile with pairs instead of numbers in a and b, so that depth counts pairs: a bfloat16 panel is such a
-  // b.  Each pair adds the product of its odd k, then that of its even k; subnormal numbers count as 0.
-  void (*tile_dot)(Index rows, const TileArgs<T>&);
-  void (*broad_tile_dot)(Index rows, const TileArgs<T>&, const Neighbours&);
-  // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16, subnormal numbers as 0; the last of an odd n is
-  // paired with 0.  Possibly in place.
-  void (*round_pairs)(Index n, T factor, const T* x, T* pairs);
+  PairKernels<T> pairs;
 
   // Rows of W numbers, `stride` apart → a panel [depth][W].
   void (*copy_panel)(Index depth, const T* b, Index stride, T* panel);

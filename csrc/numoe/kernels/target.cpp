@@ -14,9 +14,10 @@
 
 namespace numoe {
 
-extern const KernelTable portable_table, emulated_avx512_bf16_table, emulated_avx512_table, emulated_avx2_table;
+extern const KernelTable portable_table, emulated_amx_bf16_table, emulated_avx512_bf16_table, emulated_avx512_table,
+    emulated_avx2_table;
 #if defined(NUMOE_X86)
-extern const KernelTable avx2_table, avx512_table, avx512_bf16_table;
+extern const KernelTable avx2_table, avx512_table, avx512_bf16_table, amx_bf16_table;
 #elif defined(NUMOE_ARM64)
 extern const KernelTable neon_table;
 #endif
@@ -25,13 +26,13 @@ namespace {
 
 constexpr const KernelTable* known[] = {// best first
 #if defined(NUMOE_X86)
-                                        &avx512_bf16_table, &avx512_table, &avx2_table,
+                                        &amx_bf16_table, &avx512_bf16_table, &avx512_table, &avx2_table,
 #elif defined(NUMOE_ARM64)
                                         &neon_table,
 #endif
                                         &portable_table};
-constexpr const KernelTable* known_emulated[] = {&emulated_avx512_bf16_table, &emulated_avx512_table,
-                                                 &emulated_avx2_table};
+constexpr const KernelTable* known_emulated[] = {&emulated_amx_bf16_table, &emulated_avx512_bf16_table,
+                                                 &emulated_avx512_table, &emulated_avx2_table};
 
 }  // namespace
 

@@ -128,8 +128,8 @@ class Asking {
   explicit Asking(const Ahead& ahead)
       : at_(static_cast<const char*>(ahead.at)), step_(ahead.step), lines_(ahead.lines) {}
 
-  [[gnu::always_inline]] inline void operator()() {
-    for (Index line = lines_; line > 0; --line, at_ += step_) __builtin_prefetch(at_, 0, 2);
+  [[gnu::always_inline]] inline void operator()(Index rounds = 1) {
+    for (Index line = rounds * lines_; line > 0; --line, at_ += step_) __builtin_prefetch(at_, 0, 2);
   }
 
  private:
@@ -468,6 +468,12 @@ struct Tile {
   }
   static void run_unpacked(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
     unpacked_heights(unpacked)[rows - 1](args, neighbours, last);
+  }
+  // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
+  // ahead.)
+  static Index panels_beside(Index rows) {
+    const Index panels = (R - 1) / rows;
+    return panels < 1 ? 1 : panels > max_side_by_side ? max_side_by_side : panels;
   }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
     broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
