@@ -40,7 +40,7 @@ Operand<T> transposed(const Operand<T>& a) {
   return {a.data, a.col_stride, a.row_stride, a.col_index, a.row_index, a.col_scale, a.row_scale};
 }
 
-constexpr Index max_tile_rows = 64, max_tile_cols = 64;  // of any target
+constexpr Index max_tile_rows = 256, max_tile_cols = 64;  // of any target
 
 // How `rows` rows are cut into tiles of at most `most_rows`: all heights equal or differing by one.
 class RowTiles {

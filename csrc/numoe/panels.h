@@ -14,7 +14,7 @@
 
 namespace numoe {
 
-constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
+constexpr Index block_depth = 512;  // at most; × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
 constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line comes from a busy memory
 
@@ -79,7 +79,7 @@ class PackedPanels {
       return {panel, nullptr};
     } else {
       if (few(tiles)) return {nullptr, panel};
-      T* wide = scratch<T, 0>(block_depth * W_);
+      T* wide = scratch<T, 0>(numoe::block_depth * W_);
       kernels<T>().widen_panel(depth, panel, wide);
       return {wide, nullptr};
     }
@@ -98,15 +98,20 @@ class PackedPanels {
     const bool beside = range.count() == 1 && count <= panels_beside(rows.tiles.height(range.begin));
     beside ? multiply_side_by_side(rows, range.begin, j, count, c) : multiply_in_turns(rows, range, j, count, c);
   }
+  // k's of a panel that all tiles multiply before the next ones come.
+  Index block_depth(Index most_rows) const {
+    return pairs_ ? kernels<T>().pairs.block_depth(most_rows) : numoe::block_depth;
+  }
   // What tile i of `tiles` asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block, which
-  // lies behind this one; if it is alone, what it reads itself.
-  Ahead ahead(Index j, Index k, Index depth, Index i, Index tiles) const {
+  // lies behind this one; if nothing passes over this one again, what it reads itself.
+  Ahead ahead(Index j, Index k, Index depth, Index i, Index tiles, Index height) const {
     constexpr Index number = sizeof(S);
+    const Index passes = pairs_ ? kernels<T>().pairs.passes(height) : 1;
     const S* here = data_ + j * step_ + k * W_;
-    const S* next = tiles > 1 ? here + depth * W_ : here + one_memory_away / number;
+    const S* next = tiles * passes > 1 ? here + depth * W_ : here + one_memory_away / number;
     const Index bytes = std::min(depth * W_, end_ - next) * number / tiles;
     if (bytes <= 0) return {};
-    return Ahead::spread(reinterpret_cast<const char*>(next) + i * bytes, bytes, depth);
+    return Ahead::spread(reinterpret_cast<const char*>(next) + i * bytes, bytes, passes * depth);
   }
 
  private:
@@ -282,8 +287,9 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
   const Index width = kernel.tile_cols;
   TileArgs<T> wide{.c_stride = width};
   TileArgs<T, bfloat16> narrow{.c_stride = width};
-  for (Index k = 0; k < rows.depth; k += block_depth) {
-    const Index depth = std::min(block_depth, rows.depth - k);
+  const Index most_depth = source.block_depth(rows.tiles.height(range.begin));
+  for (Index k = 0; k < rows.depth; k += most_depth) {
+    const Index depth = std::min(most_depth, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
     const auto multiply = [&](auto& args, auto tile) {
       args.depth = depth;
@@ -292,7 +298,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
         const Index height = rows.tiles.height(i);
         args.a = rows.tile(i, k);
         args.c = c + (rows.tiles.begin(i) - first) * width;
-        args.ahead = source.ahead(j, k, depth, i - range.begin, n);
+        args.ahead = source.ahead(j, k, depth, i - range.begin, n, height);
         tile(height, args);
       }
     };

@@ -89,7 +89,8 @@ NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 13, "x", NUMOE_
 // Four sums, as the tile for most rows has them.
 constexpr int amx_flops = 4 * 2 * matrix_side * matrix_side * 2 * matrix_side;
 extern "C" [[gnu::visibility("default")]] void numoe_peak_amx_bf16(Index steps, float*) {
-  Amx unit(2 * matrix_side);
+  Amx unit;
+  unit.shape(2 * matrix_side);
   for (Index step = 0; step < steps; ++step) {
     unit.multiply_add<0, 4, 6>();
     unit.multiply_add<1, 4, 7>();

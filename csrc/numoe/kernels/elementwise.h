@@ -224,6 +224,8 @@ constexpr Kernels<float> make_dot_kernels() {
   Kernels<float> table = make_kernels<float, N, R>();
   table.pairs = {.tile_rows = R,
                  .panels_beside = Tile<float, N, R>::panels_beside,
+                 .passes = Tile<float, N, R>::passes,
+                 .block_depth = Tile<float, N, R>::block_depth,
                  .tile = Tile<float, N, R>::run_dot,
                  .broad_tile = Tile<float, N, R>::run_broad_dot,
                  .round = round_pairs<N>};
@@ -238,6 +240,8 @@ constexpr Kernels<float> make_matrix_kernels() {
   table.pairs = {.tile_rows = MatrixTile<Unit>::rows,
                  .together = MatrixTile<Unit>::side,
                  .panels_beside = MatrixTile<Unit>::panels_beside,
+                 .passes = MatrixTile<Unit>::passes,
+                 .block_depth = MatrixTile<Unit>::block_depth,
                  .tile = MatrixTile<Unit>::run,
                  .broad_tile = MatrixTile<Unit>::run_broad,
                  .round = round_pairs<N>};

@@ -101,6 +101,8 @@ struct PairKernels {
   Index tile_rows = 0;  // R
   Index together = 1;   // G: a is [depth / G][rows][G], of zeros beyond depth
   Index (*panels_beside)(Index rows) = nullptr;  // how many broad_tile takes, 1: none beside another
+  Index (*passes)(Index rows) = nullptr;         // of tile over the panel
+  Index (*block_depth)(Index rows) = nullptr;    // of a panel, for tiles of so many rows
 
   void (*tile)(Index rows, const TileArgs<T>&) = nullptr;
   void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;

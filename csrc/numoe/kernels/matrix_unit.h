@@ -74,10 +74,10 @@ inline bool has_amx_bf16() {
 #endif
 }
 
-// AMX-BF16.  Other libraries of the process use it too, so its registers are shaped anew with every tile and given back.
+// AMX-BF16.  Other libraries of the process use it too, so its registers are given back after every call of a kernel.
 // (No destructor does that: it would share the language's own symbols with other object files.)
 struct Amx {
-  explicit Amx(int rows) { asm volatile("ldtilecfg %0" : : "m"(amx_shapes.of_rows[rows - 1])); }
+  inline void shape(Index rows) { asm volatile("ldtilecfg %0" : : "m"(amx_shapes.of_rows[rows - 1])); }
   inline void give_back() { asm volatile("tilerelease"); }
 
   template <int t>
@@ -105,7 +105,7 @@ struct Amx {
 // there were; to nearest even, with subnormal numbers and results as 0.
 class EmulatedMatrix {
  public:
-  explicit EmulatedMatrix(int rows) : rows_(rows) {}
+  void shape(Index rows) { rows_ = static_cast<int>(rows); }
   void give_back() {}
 
   template <int t>
@@ -141,7 +141,7 @@ class EmulatedMatrix {
   using Words = Lanes<std::uint32_t, 16>;
   int rows_of(int t) const { return rows_of_register(t, rows_); }
 
-  int rows_;
+  int rows_ = 0;
   V tile_[8][matrix_side];
 };
 

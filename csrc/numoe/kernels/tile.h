@@ -475,6 +475,8 @@ struct Tile {
     const Index panels = (R - 1) / rows;
     return panels < 1 ? 1 : panels > max_side_by_side ? max_side_by_side : panels;
   }
+  static Index passes(Index) { return 1; }
+  static Index block_depth(Index) { return 512; }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
     broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
   }
