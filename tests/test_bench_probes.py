@@ -12,15 +12,15 @@ from numoe import _core
 from numoe.bench import machine
 
 SUPPORTED = [probe["name"] for probe in _core.peak_probes() if probe["supported"]]
-DOTS = [probe["name"] for probe in _core.peak_probes() if probe["supported"] and probe["bfloat16_dots"]]
+DOTS = [probe["name"] for probe in _core.peak_probes() if probe["supported"] and probe["bfloat16_pairs"]]
 
 
 def test_the_portable_probe_runs_everywhere_and_targets_have_theirs():
     assert SUPPORTED[-1:] == ["portable"]
     supported_targets = {target["name"] for target in _core.targets() if target["supported"]}
     assert supported_targets & set(SUPPORTED) == supported_targets
-    with_dots = {target["name"] for target in _core.targets() if target["bfloat16_dots"]}
-    assert with_dots == {probe["name"] for probe in _core.peak_probes() if probe["bfloat16_dots"]}
+    with_dots = {target["name"] for target in _core.targets() if target["bfloat16_pairs"]}
+    assert with_dots == {probe["name"] for probe in _core.peak_probes() if probe["bfloat16_pairs"]}
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_peak_loops_keep_their_accumulators_in_registers(vectors, dtype):
 @pytest.mark.parametrize(("target", "own"), [("avx512_bf16", 4e9), ("avx512", 2e9)])
 def test_bfloat16_is_held_against_dot_products_where_the_cpu_has_them(target, own, small_probe, monkeypatch):
     """Vectors without them are as fast as in float32: weights are widened."""
-    probes = [{"name": name, "supported": True, "bfloat16_dots": "bf16" in name} for name in ("avx512_bf16", "avx512")]
+    probes = [{"name": name, "supported": True, "bfloat16_pairs": "bf16" in name} for name in ("avx512_bf16", "avx512")]
     rates = {("avx512_bf16", "bfloat16"): 4e9, ("avx512", "float32"): 2e9}
     monkeypatch.setattr(_core, "peak_probes", lambda: probes)
     monkeypatch.setattr(_core, "probe_peak", lambda vectors, dtype, threads, seconds: rates[vectors, dtype])
     monkeypatch.setattr(_core, "target", lambda: target)
-    monkeypatch.setattr(_core, "targets", lambda: [{"name": target, "supported": True, "bfloat16_dots": True}])
+    monkeypatch.setattr(_core, "targets", lambda: [{"name": target, "supported": True, "bfloat16_pairs": True}])
     limits = machine.Machine("bfloat16", 1)
     assert limits.peak_dtype == "bfloat16"
     assert (limits.peak, limits.target_peak) == (4e9, own)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import dots
 import numoe
 import numpy as np
 import pytest
@@ -193,8 +192,7 @@ def test_every_number_of_rows_gives_a_token_the_same_bits(dtype: str) -> None:
         assert_bitwise_equal(part.y, whole.y[:count], name=f"y of {count}")
         assert_bitwise_equal(packed(x[:count]), y[:count], name=f"packed y of {count}")
         assert_bitwise_equal(layer.backward(dy[:count], part).x, dx[:count], name=f"dx of {count}")
-    if dtype != "bfloat16" or not dots.USED:  # dot products round
-        assert_bitwise_equal(y, whole.y)
+    assert_bitwise_equal(y, whole.y)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -206,8 +204,7 @@ def test_few_rows_read_weights_from_memory_to_the_same_bits(dtype: str) -> None:
     y = packed(x)
     for count in range(1, 15):
         assert_bitwise_equal(packed(x[:count]), y[:count], name=f"packed y of {count}")
-    if dtype != "bfloat16" or not dots.USED:  # dot products round
-        assert_bitwise_equal(y, layer(x))
+    assert_bitwise_equal(y, layer(x))
 
 
 if __name__ == "__main__":

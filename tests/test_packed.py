@@ -1,14 +1,14 @@
 """Packed layers give the bits of the layer they were made from, in every form, for any number of tokens.
 
-bfloat16 on a target with dot products is the exception: those have laws of their own.
+float32 layers packed as bfloat16 are the exception on targets that multiply bfloat16 pairs: rounding has laws of its own.
 """
 
 import itertools
 
-import dots
 import ml_dtypes
 import numoe
 import numpy as np
+import pairs
 import pytest
 from numoe.testing import assert_bitwise_equal
 
@@ -50,8 +50,8 @@ def test_bfloat16_is_the_layer_with_rounded_expert_weights(score, form, bias, ga
     packed = layer.pack("bfloat16")
     for count in (1, 2, 5, 50, 300):
         x = tokens(count, "float32")
-        if dots.USED:
-            dots.assert_within(packed(x), dots.layer_on_rounded_rows(layer, x))
+        if pairs.USED:
+            pairs.assert_within(packed(x), pairs.layer_on_rounded_rows(layer, x))
         else:
             assert_bitwise_equal(packed(x), rounded(x))
 

@@ -55,7 +55,7 @@ def test_emulated_targets_have_the_shapes_of_the_real_ones() -> None:
     assert set(EMULATED) == {"emulated-amx_bf16", "emulated-avx512_bf16", "emulated-avx512", "emulated-avx2"}
     for name, target in EMULATED.items():
         if original := REAL.get(name.removeprefix("emulated-")):
-            for fact in ("float32_tile", "float64_tile", "bfloat16_dots"):
+            for fact in ("float32_tile", "float64_tile", "bfloat16_pairs"):
                 assert target[fact] == original[fact]
 
 
@@ -74,7 +74,7 @@ def test_unfused_targets_give_the_same_bits() -> None:
         found, expected = (text.stdout.splitlines() for text in (done, bits["portable"]))
         assert len(found) == len(expected) > 50
         for ours, theirs in zip(found, expected, strict=True):
-            dots = target in EMULATED and EMULATED[target]["bfloat16_dots"] and " bfloat16 " in theirs
+            dots = target in EMULATED and EMULATED[target]["bfloat16_pairs"] and " bfloat16 " in theirs
             assert (ours != theirs) if dots else (ours == theirs), target
 
 

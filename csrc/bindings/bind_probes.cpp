@@ -20,7 +20,7 @@ py::list list_peak_probes() {
   for (const PeakProbe& probe : peak_probes()) {
     list.append(py::dict(py::arg("name") = probe.name, py::arg("description") = probe.description,
                          py::arg("supported") = probe.supported(),
-                         py::arg("bfloat16_dots") = probe.bf16.run != nullptr));
+                         py::arg("bfloat16_pairs") = probe.bf16.run != nullptr));
   }
   return list;
 }
@@ -45,8 +45,8 @@ void check_seconds(double seconds) {
 double probe_peak(const std::string& vectors, const std::string& dtype, int threads, double seconds) {
   const PeakProbe& probe = peak_probe(vectors);
   check_threads(threads);
-  const bool bfloat16_dots = dtype == "bfloat16" && probe.bf16.run;
-  if (dtype != "float32" && dtype != "float64" && !bfloat16_dots) {
+  const bool bfloat16_pairs = dtype == "bfloat16" && probe.bf16.run;
+  if (dtype != "float32" && dtype != "float64" && !bfloat16_pairs) {
     throw py::value_error(
         "dtype must be 'float32' or 'float64', or 'bfloat16' for vectors with its dot products; got '" + dtype +
         "' for '" + vectors + "'");
@@ -54,7 +54,7 @@ double probe_peak(const std::string& vectors, const std::string& dtype, int thre
   check_seconds(seconds);
   ReleasedGil nogil;
   if (dtype == "float64") return peak_rate(probe.f64, threads, seconds);
-  return peak_rate(bfloat16_dots ? probe.bf16 : probe.f32, threads, seconds);
+  return peak_rate(bfloat16_pairs ? probe.bf16 : probe.f32, threads, seconds);
 }
 
 double read_rate(const ReadProbe& probe, Index bytes, int threads) {

@@ -43,7 +43,7 @@ py::list describe(std::span<const KernelTable* const> tables) {
     list.append(py::dict(py::arg("name") = table->name, py::arg("description") = table->description,
                          py::arg("supported") = table->supported(), py::arg("float32_tile") = tile_of(table->f32),
                          py::arg("float64_tile") = tile_of(table->f64),
-                         py::arg("bfloat16_dots") = static_cast<bool>(table->f32.pairs)));
+                         py::arg("bfloat16_pairs") = static_cast<bool>(table->f32.pairs)));
   }
   return list;
 }

@@ -13,17 +13,20 @@ namespace {
 //   dw_down   = hᵀ · dy      dw_gate = xᵀ · dgate      dw_up = xᵀ · dup
 //   dx       += dgate · w_gateᵀ + dup · w_upᵀ
 // With the weight on the input, x above is weight * x: dweight = ⟨dinput, x⟩ and dx += weight * dinput.
-template <class S>
+//
+// pairs: matrices are bfloat16 and multiplied as pairs, so that the other factor is rounded too, and both are in dw.
+template <class S, bool pairs = false>
 class Backward : Pipeline<Compute<S>> {
  public:
   using T = Compute<S>;
   using Base = Pipeline<T>;
+  using Term = TransposedTerm<T, S, pairs>;
   Backward(MatrixView<const T> dresult, MatrixView<const T> x, const DispatchView& dispatch,
            MatrixView<const T> weights, const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
            ExpertCache<const T> cache, const ExpertGrads<T>& grads)
-      : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined),
+      : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined, pairs),
         w_(experts),
-        forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S>(experts), experts.biases()),
+        forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S, pairs>(experts), experts.biases()),
         dy_(dresult),
         cache_(cache),
         grads_(grads),
@@ -94,24 +97,34 @@ class Backward : Pipeline<Compute<S>> {
     });
   }
 
-  // Where the panels of expert e's tokens, of `depth` numbers each, start in a buffer for the experts of `range`.
+  // How many k's a product over `numbers` has.
+  static Index depth_of(Index numbers) { return pairs ? (numbers + 1) / 2 : numbers; }
+
+  // Where the panels of expert e's tokens, of `depth` k's each, start in a buffer for the experts of `range`.
   Index panels_start(const ExpertRange& range, Index e, Index depth) const {
     const auto before = [&](Index i) { return panels_before_[static_cast<std::size_t>(i)]; };
     return (before(e) - before(range.begin)) * W_ * depth;
   }
-  TokenPanels<T> token_panels(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
+  TokenPanels<T> token_panels(const T* buffer, const ExpertRange& range, Index e, Index numbers) const {
+    const Index depth = depth_of(numbers);
     return {buffer + panels_start(range, e, depth), dispatch_.rows(e), depth};
   }
-  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as panels of tokens.
+  // Packs `rows(e)` (one operand row per dispatched row, of so many numbers) as panels of tokens.
   template <class Rows>
-  void pack_token_panels(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
-    const Index rows_per_task = 4 * W_;
+  void pack_token_panels(const ExpertRange& range, Rows rows, Index numbers, T* packed) const {
+    const Index rows_per_task = 4 * W_, depth = depth_of(numbers);
     this->for_pieces(
         range, [&](Index e) { return (dispatch_.rows(e) + rows_per_task - 1) / rows_per_task; },
         [&](Index e, Index piece) {
           const Index first = piece * rows_per_task, count = std::min(rows_per_task, dispatch_.rows(e) - first);
-          pack_panels(transposed(rows(e)), depth, first, count, W_,
-                      packed + panels_start(range, e, depth) + first * depth);
+          T* const panels = packed + panels_start(range, e, depth) + first * depth;
+          if constexpr (pairs) {
+            for (Index r = 0; r < count; r += W_) {
+              pack_rounded_panel(rows(e), first + r, std::min(W_, count - r), numbers, panels + r * depth);
+            }
+          } else {
+            pack_panels(transposed(rows(e)), depth, first, count, W_, panels);
+          }
         });
   }
 
@@ -123,15 +136,14 @@ class Backward : Pipeline<Compute<S>> {
 
   // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
   void down_backward(const ExpertRange& range, T* dh) {
-    Workspace<T, 13> dout(panels_start(range, range.end, D_));
+    Workspace<T, 13> dout(panels_start(range, range.end, depth_of(D_)));
     pack_token_panels(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = this->columns_per_task(D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
           const Index col = piece * block, cols = std::min(block, F_ - col);
-          const TransposedTerm<T, S> down{token_panels(dout.data(), range, e, D_),
-                                          w_.down[e].row_range(col, col + cols)};
+          const Term down{token_panels(dout.data(), range, e, D_), w_.down[e].row_range(col, col + cols)};
           for_transposed({down}, [&](Index row, Index panel_col, MatrixView<T> sums) {
             T* target = dh + start(range, e, F_) + row * F_ + col + panel_col;
             for (Index r = 0; r < sums.rows; ++r) copy_run(sums.row(r), sums.cols, target + r * F_);
@@ -195,24 +207,42 @@ class Backward : Pipeline<Compute<S>> {
                         : large(dw)                           ? Store::stream
                                                               : Store::overwrite;
     const Index padded = num_panels(n, W_) * W_, cols_at_once = 8 * W_;
-    Workspace<T, 7> panels(rows_of(range) * padded);
+    // k's of an expert: its rows, or what pairs of them are padded to
+    const auto depth_of_expert = [&](Index e) { return row_size<T>(dispatch_.rows(e), pairs); };
+    std::vector<Index> before(static_cast<std::size_t>(range.end - range.begin) + 1);
+    for (Index e = range.begin; e < range.end; ++e) {
+      const auto i = static_cast<std::size_t>(e - range.begin);
+      before[i + 1] = before[i] + depth_of_expert(e) * padded;
+    }
+    Workspace<T, 7> panels(before.back());
+    const auto panels_of = [&](Index e) { return panels.data() + before[static_cast<std::size_t>(e - range.begin)]; };
     this->for_pieces(
         range, [&](Index) { return (n + cols_at_once - 1) / cols_at_once; },
         [&](Index e, Index piece) {
-          const Index col = piece * cols_at_once, rows = dispatch_.rows(e);
-          pack_panels(right(e), rows, col, std::min(cols_at_once, n - col), W_,
-                      panels.data() + start(range, e, padded) + col * rows);
+          const Index col = piece * cols_at_once, cols = std::min(cols_at_once, n - col), rows = dispatch_.rows(e);
+          T* const target = panels_of(e) + col * depth_of_expert(e);
+          if constexpr (pairs) {
+            pack_zipped_panels(right(e), rows, col, cols, target);
+          } else {
+            pack_panels(right(e), rows, col, cols, W_, target);
+          }
         });
-    const RowTiles tiles_of_dw{m, kernel_.tile_rows};
-    const Index work_per_tile = kernel_.tile_rows * n * this->most_rows(range);
-    const Index tiles_per_task = std::clamp<Index>(max_task_work / std::max<Index>(1, work_per_tile), 1, 8);
+    constexpr Index many_rows = 128;  // enough for a task
+    const RowTiles tiles_of_dw{m, pairs ? std::min(many_rows, kernel_.pairs.tile_rows) : kernel_.tile_rows};
+    const Index work_per_tile = tiles_of_dw.most_rows() * n * this->most_rows(range);
+    const Index soon = max_task_work / std::max<Index>(1, work_per_tile);
+    const Index tiles_per_task = std::clamp<Index>(soon, 1, tiles_of_dw.most_rows() < many_rows ? 8 : 1);
     const Index pieces = (tiles_of_dw.count() + tiles_per_task - 1) / tiles_per_task;
     this->for_pieces(
         range, [&](Index) { return pieces; },
         [&](Index e, Index piece) {
-          const Index begin = piece * tiles_per_task, end = std::min(begin + tiles_per_task, tiles_of_dw.count());
-          multiply_tiles(transposed(left(e)), tiles_of_dw, {begin, end}, dispatch_.rows(e),
-                         panels.data() + start(range, e, padded), store, dw[e]);
+          const Index begin = piece * tiles_per_task, rows = dispatch_.rows(e);
+          const TileRange some{begin, std::min(begin + tiles_per_task, tiles_of_dw.count())};
+          if constexpr (pairs) {
+            multiply_zipped_tiles(left(e), tiles_of_dw, some, rows, panels_of(e), store, dw[e]);
+          } else {
+            multiply_tiles(transposed(left(e)), tiles_of_dw, some, rows, panels_of(e), store, dw[e]);
+          }
         });
   }
 
@@ -238,7 +268,7 @@ class Backward : Pipeline<Compute<S>> {
 
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
   void up_backward(const ExpertRange& range, const T* dgate, const T* dup) {
-    const Index numbers = panels_start(range, range.end, F_);
+    const Index numbers = panels_start(range, range.end, depth_of(F_));
     Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
     Workspace<T, 9> packed_dup(numbers);
     const auto rows = [&](const T* data) {
@@ -263,12 +293,12 @@ class Backward : Pipeline<Compute<S>> {
 
   void up_backward_columns(Index e, Index col, Index cols, const TokenPanels<T>& dgate, const TokenPanels<T>& dup,
                            T* dinput) {
-    const TransposedTerm<T, S> up{dup, w_.up[e].row_range(col, col + cols)};
+    const Term up{dup, w_.up[e].row_range(col, col + cols)};
     const auto add = [&](Index row, Index panel_col, MatrixView<T> sums) {
       add_to_dx(e, row, col + panel_col, sums, dinput);
     };
     if (w_.glu()) {
-      for_transposed({up, {dgate, w_.gate[e].row_range(col, col + cols)}}, add);
+      for_transposed({up, Term{dgate, w_.gate[e].row_range(col, col + cols)}}, add);
     } else {
       for_transposed({up}, add);
     }
@@ -295,7 +325,7 @@ class Backward : Pipeline<Compute<S>> {
   }
 
   const ExpertWeights<S>& w_;
-  Forward<T, RowMajorWeights<T, S>> forward_;  // for what was not kept
+  Forward<T, RowMajorWeights<T, S, pairs>> forward_;  // for what was not kept
   MatrixView<const T> dy_;
   ExpertCache<const T> cache_;
   const ExpertGrads<T>& grads_;
@@ -309,7 +339,13 @@ void experts_backward(MatrixView<const Compute<S>> dresult, MatrixView<const Com
                       const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
                       const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
                       ExpertCache<const Compute<S>> cache, const ExpertGrads<Compute<S>>& grads) {
-  Backward<S>(dresult, x, dispatch, weights, experts, options, combined, cache, grads).run();
+  const auto run = [&]<bool pairs>() {
+    Backward<S, pairs>(dresult, x, dispatch, weights, experts, options, combined, cache, grads).run();
+  };
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    if (kernels<Compute<S>>().pairs) return run.template operator()<true>();
+  }
+  run.template operator()<false>();
 }
 
 #define NUMOE_INSTANTIATE(S)                                                                                        \

@@ -7,9 +7,15 @@ void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatc
                      const ExpertWeights<S>& experts, const ExpertOptions& options, bool combined,
                      ExpertCache<Compute<S>> cache, MatrixView<Compute<S>> result) {
   using T = Compute<S>;
-  Forward<T, RowMajorWeights<T, S>>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined,
-                                    RowMajorWeights<T, S>(experts), experts.biases())
-      .run(cache, result);
+  const auto run = [&]<class Weights>(const Weights& matrices) {
+    Forward<T, Weights>(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined, matrices,
+                        experts.biases())
+        .run(cache, result);
+  };
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    if (kernels<T>().pairs) return run(RowMajorWeights<T, S, true>(experts));
+  }
+  run(RowMajorWeights<T, S>(experts));
 }
 
 template <class S>

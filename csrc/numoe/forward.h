@@ -11,17 +11,19 @@
 
 namespace numoe {
 
-template <class T, class S>
+// in_pairs: bfloat16 matrices are multiplied as pairs.
+template <class T, class S, bool in_pairs = false>
 class RowMajorWeights {
  public:
-  static constexpr bool pairs = false;
+  static constexpr bool pairs = in_pairs;
+  using Columns = std::conditional_t<pairs, RowMajorPairs<T>, RowMajor<T, S>>;
 
   explicit RowMajorWeights(const ExpertWeights<S>& weights) : w_(weights) {}
 
   bool glu() const { return w_.glu(); }
-  auto gate(Index e, Index col, Index cols) const { return RowMajor<T, S>(w_.gate[e], col, cols); }
-  auto up(Index e, Index col, Index cols) const { return RowMajor<T, S>(w_.up[e], col, cols); }
-  auto down(Index e, Index col, Index cols) const { return RowMajor<T, S>(w_.down[e], col, cols); }
+  auto gate(Index e, Index col, Index cols) const { return Columns(w_.gate[e], col, cols); }
+  auto up(Index e, Index col, Index cols) const { return Columns(w_.up[e], col, cols); }
+  auto down(Index e, Index col, Index cols) const { return Columns(w_.down[e], col, cols); }
 
  private:
   const ExpertWeights<S>& w_;

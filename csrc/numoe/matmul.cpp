@@ -30,8 +30,8 @@ bool tiles_can_carry(Index depth) {
 
 // The tiles of `range` times all whole panels → c.  Each tile passes over as many panels as stay in a cache, so that rows
 // of c are written in long runs.
-template <class T>
-void sweep_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, Store store, MatrixView<T> c) {
+template <class T, class Tile>
+void sweep_tiles(Tile tile, const PackedRows<T>& rows, TileRange range, const T* panels, Store store, MatrixView<T> c) {
   constexpr Index cache = Index{128} << 10;  // bytes
   const Kernels<T>& kernel = kernels<T>();
   const Index width = kernel.tile_cols, count = c.cols / width, size = rows.depth * width;
@@ -43,10 +43,30 @@ void sweep_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, St
     for (Index i = range.begin; i < range.end; ++i) {
       args.a = rows.tile(i);
       args.c = c.row(rows.tiles.begin(i)) + j * width;
-      kernel.sweeping_tile(rows.tiles.height(i), args, neighbours);
+      tile(rows.tiles.height(i), args, neighbours);
     }
   }
   if (store == Store::stream) kernel.stream_end();
+}
+
+// The same for all panels, the last of which may be wider than c.  sums: [rows of the range][W]
+template <class T, class Tile>
+void sweep_all_tiles(Tile tile, const PackedRows<T>& rows, TileRange range, const T* panels, T* sums, Store store,
+                     MatrixView<T> c) {
+  sweep_tiles(tile, rows, range, panels, store, c);
+  const Index width = kernels<T>().tile_cols, whole = c.cols / width, rest = c.cols % width;
+  if (rest == 0) return;
+  const Index first = rows.tiles.begin(range.begin), end = rows.tiles.begin(range.end);
+  sweep_tiles(tile, rows, range, panels + whole * rows.depth * width, Store::overwrite,
+              {sums - first * width, end, width, width});
+  for (Index r = first; r < end; ++r, sums += width) {
+    T* const row = c.row(r) + whole * width;
+    if (store == Store::add) {
+      kernels<T>().axpy(rest, T(1), sums, row);
+    } else {
+      std::copy_n(sums, rest, row);
+    }
+  }
 }
 
 // c = rows · panels past the caches: the tiles of a panel carry the sums of the panel before to c.
@@ -85,8 +105,7 @@ void stream_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, T
 template <class T>
 void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, const T* b_panels,
                     Store store, MatrixView<T> c) {
-  const Kernels<T>& kernel = kernels<T>();
-  const Index width = kernel.tile_cols;
+  const Index width = kernels<T>().tile_cols;
   const Index first = tiles.begin(range.begin), height = tiles.begin(range.end) - first;
   T* sums = scratch<T, 1>(height * (2 * width + depth));
   T* packed = sums + 2 * height * width;
@@ -96,19 +115,20 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   if (store == Store::stream && tiles_can_carry<T>(depth)) {
     return stream_tiles(rows, range, b_panels, sums, c.row_range(first, first + height));
   }
-  sweep_tiles(rows, range, b_panels, store, c);
-  const Index whole = c.cols / width, rest = c.cols % width;
-  if (rest == 0) return;
-  sweep_tiles(rows, range, b_panels + whole * depth * width, Store::overwrite,
-              {sums - first * width, tiles.begin(range.end), width, width});
-  for (Index r = 0; r < height; ++r) {
-    T* const row = c.row(first + r) + whole * width;
-    if (store == Store::add) {
-      kernel.axpy(rest, T(1), sums + r * width, row);
-    } else {
-      std::copy_n(sums + r * width, rest, row);
-    }
-  }
+  sweep_all_tiles(kernels<T>().sweeping_tile, rows, range, b_panels, sums, store, c);
+}
+
+template <class T>
+void multiply_zipped_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index rows, const T* b_panels,
+                           Store store, MatrixView<T> c) {
+  const Index width = kernels<T>().tile_cols, size = row_size<T>(rows, true);
+  const Index first = tiles.begin(range.begin), height = tiles.begin(range.end) - first;
+  T* sums = scratch<T, 1>(height * (width + size));
+  T* packed = sums + height * width;
+  pack_zipped_tiles(a, rows, tiles, range, packed);
+  if (store == Store::stream && !(pays_to_stream<T>() && whole_lines(c))) store = Store::overwrite;
+  const PackedRows<T> pairs{packed - first * size, tiles, size, size};
+  sweep_all_tiles(kernels<T>().pairs.sweeping_tile, pairs, range, b_panels, sums, store, c);
 }
 
 template <class T>
@@ -137,5 +157,7 @@ template void multiply_tiles(const Operand<float>&, const RowTiles&, TileRange, 
                              MatrixView<float>);
 template void multiply_tiles(const Operand<double>&, const RowTiles&, TileRange, Index, const double*, Store,
                              MatrixView<double>);
+template void multiply_zipped_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
+                                    MatrixView<float>);
 
 }  // namespace numoe

@@ -17,11 +17,18 @@ template <class T>
 void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, const T* b_panels,
                     Store store, MatrixView<T> c);
 
+// multiply_tiles for the transpose of a, whose `rows` rows are k's: both factors as bfloat16 pairs of k's.
+template <class T>
+void multiply_zipped_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index rows, const T* b_panels,
+                           Store store, MatrixView<T> c);
+
 extern template void matmul(const Operand<float>&, const Operand<float>&, Index, MatrixView<float>);
 extern template void matmul(const Operand<double>&, const Operand<double>&, Index, MatrixView<double>);
 extern template void multiply_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
                                     MatrixView<float>);
 extern template void multiply_tiles(const Operand<double>&, const RowTiles&, TileRange, Index, const double*, Store,
                                     MatrixView<double>);
+extern template void multiply_zipped_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
+                                           MatrixView<float>);
 
 }  // namespace numoe

@@ -246,4 +246,58 @@ void pack_rounded_tile(const Operand<T>& a, Index row, Index height, Index depth
   pack_pairs(rows, height, size, packed);
 }
 
+// Rows [row, row + count) of a, count <= W, rounded → a panel [pairs][W] whose columns they are, padded with zeros.
+template <class T>
+void pack_rounded_panel(const Operand<T>& a, Index row, Index count, Index depth, T* packed) {
+  const Index size = (depth + 1) / 2;
+  T* rounded = scratch<T, 0>(count * size);
+  const T* rows[max_tile_cols];
+  for (Index r = 0; r < count; ++r, rounded += size) {
+    kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
+    rows[r] = rounded;
+  }
+  kernels<T>().transpose(size, count, rows, packed, kernels<T>().tile_cols);
+}
+
+// Columns [col, col + cols) of `rows` rows of a, two rows a pair, rounded → [ceil(rows / 2)][cols], `stride` apart.
+template <class T>
+void zip_rows(const Operand<T>& a, Index rows, Index col, Index cols, T* packed, Index stride) {
+  const auto factor = [&](Index r) { return a.row_scale && r < rows ? a.row_scale[r] : T(1); };
+  for (Index r = 0; r < rows; r += 2, packed += stride) {
+    const T* odd = r + 1 < rows ? a.row(r + 1) + col : nullptr;
+    kernels<T>().pairs.zip_rounded(cols, factor(r), a.row(r) + col, factor(r + 1), odd, packed);
+  }
+}
+
+// The same columns → panels [size][W] of row_size(rows) pairs, padded with zeros.
+template <class T>
+void pack_zipped_panels(const Operand<T>& a, Index rows, Index col, Index cols, T* packed) {
+  const Index width = kernels<T>().tile_cols, pairs = (rows + 1) / 2, size = row_size<T>(rows, true);
+  for (Index j = 0; j < cols; j += width, packed += size * width) {
+    const Index valid = std::min(width, cols - j);
+    if (valid < width) std::fill_n(packed, pairs * width, T(0));
+    zip_rows(a, rows, col + j, valid, packed, width);
+    std::fill_n(packed + pairs * width, (size - pairs) * width, T(0));
+  }
+}
+
+// The same columns, those of the tiles of `range`, as rows of these tiles.
+template <class T>
+void pack_zipped_tiles(const Operand<T>& a, Index rows, const RowTiles& tiles, TileRange range, T* packed) {
+  const Index together = kernels<T>().pairs.together, pairs = (rows + 1) / 2, size = row_size<T>(rows, true);
+  const Index first = tiles.begin(range.begin), cols = tiles.begin(range.end) - first;
+  T* const zipped = scratch<T, 2>(size * cols);
+  zip_rows(a, rows, first, cols, zipped, cols);
+  std::fill_n(zipped + pairs * cols, (size - pairs) * cols, T(0));
+  if (together == 1) return pack_tiles(Operand<T>{zipped - first, 1, cols}, tiles, range, size, packed);
+  for (Index i = range.begin; i < range.end; ++i) {
+    const Index height = tiles.height(i);
+    for (Index k = 0; k < size; k += together, packed += together * height) {
+      const T* lines[max_tile_cols];
+      for (Index g = 0; g < together; ++g) lines[g] = zipped + (k + g) * cols + tiles.begin(i) - first;
+      kernels<T>().transpose(height, together, lines, packed, together);
+    }
+  }
+}
+
 }  // namespace numoe

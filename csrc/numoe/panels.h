@@ -2,6 +2,7 @@
 //
 //   PackedPanels   panels that are packed already: weights of a PackedExperts
 //   RowMajor       a row-major matrix whose owner may change it between calls
+//   RowMajorPairs  the same of bfloat16 numbers, multiplied as pairs
 //
 // Every product is cut along k into blocks that stay in a cache while all row tiles pass over them; the tiles of one
 // block ask for the next, or carry it to where it is read from.  An element's sum runs over ascending k through all of
@@ -274,6 +275,72 @@ class RowMajor {
   Index W_ = kernels<T>().tile_cols;
 };
 
+// Columns [col, col + cols) of a row-major bfloat16 matrix.  Some of its rows are paired at a time, for several panels, because
+// memory is fast only along rows; the sums of these panels wait in c.
+template <class T>
+class RowMajorPairs {
+ public:
+  struct Stage {};
+
+  RowMajorPairs(MatrixView<const bfloat16> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
+
+  Index count() const { return num_panels(cols_, W_); }
+  Index panels_at_once(Index, Index rows) const {
+    constexpr Index cache = Index{512} << 10, fewest = 4, most = 32;
+    return std::min(count(), std::clamp<Index>(cache / (rows * W_ * static_cast<Index>(sizeof(T))), fewest, most));
+  }
+  Stage stage() const { return {}; }
+
+  // c = rows · panels [j, j + count)
+  void multiply_paired(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+    constexpr Index depth = 128;  // pairs
+    const PairKernels<T>& kernel = kernels<T>().pairs;
+    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    T* const panels = scratch<T, 2>(count * pitch(depth));
+    TileArgs<T> args{.c_stride = W_};
+    for (Index k = 0; k < rows.depth; k += depth) {
+      args.depth = std::min(depth, rows.depth - k);
+      args.store = k == 0 ? Store::overwrite : Store::accumulate;
+      pair_rows(j, count, k, args.depth, panels);
+      for (Index p = 0; p < count; ++p) {
+        args.b = panels + p * pitch(args.depth);
+        for (Index i = range.begin; i < range.end; ++i) {
+          args.a = rows.tile(i, k);
+          args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
+          kernel.tile(rows.tiles.height(i), args);
+        }
+      }
+    }
+  }
+
+ private:
+  // From one panel to the next: an odd number of lines, or they would share a few sets of each cache.
+  Index pitch(Index depth) const { return depth * W_ + Carry::line / static_cast<Index>(sizeof(T)); }
+  // Pairs [k, k + depth) of panels [j, j + count) → [depth][W], `pitch` apart
+  void pair_rows(Index j, Index count, Index k, Index depth, T* panels) const {
+    constexpr Index rows_ahead = 16;
+    const PairKernels<T>& kernel = kernels<T>().pairs;
+    const Index whole = std::min(count, cols_ / W_ - j), step = pitch(depth);
+    const Index near = rows_ahead * b_.stride * static_cast<Index>(sizeof(bfloat16));
+    for (Index i = 0; i < depth; ++i, panels += W_) {
+      const Index row = 2 * (k + i);
+      const bfloat16* even = b_.row(row) + col_ + j * W_;
+      const bfloat16* odd = row + 1 < b_.rows ? even + b_.stride : nullptr;
+      kernel.zip(whole, even, odd, panels, step, near);
+      if (whole == count) continue;
+      bfloat16 ends[2][max_tile_cols] = {};  // of the last columns, which do not fill a panel
+      const Index valid = cols_ - (j + whole) * W_;
+      std::copy_n(even + whole * W_, valid, ends[0]);
+      if (odd) std::copy_n(odd + whole * W_, valid, ends[1]);
+      kernel.zip(1, ends[0], ends[1], panels + whole * step, step, 0);
+    }
+  }
+
+  MatrixView<const bfloat16> b_;
+  Index col_, cols_;
+  Index W_ = kernels<T>().tile_cols;
+};
+
 // ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 // c [rows][W] = rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
@@ -369,6 +436,8 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
       return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, c);
     }
     multiply_staged(stage, rows, range, panels, next, c);
+  } else if constexpr (requires { &Source::multiply_paired; }) {
+    panels.source->multiply_paired(rows, range, panels.begin, panels.count, c);
   } else if (panels.count > 1) {
     panels.source->multiply_together(rows, range, panels.begin, panels.count, c);
   } else {

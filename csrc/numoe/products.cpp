@@ -74,7 +74,7 @@ void ProductProbe::multiply_row_major(const float* matrix) const {
 }
 
 void ProductProbe::multiply_transposed(const float* matrix) const {
-  const TransposedTerm<float, float> term{{left_.data(), rows_, cols_}, {matrix, depth_, cols_, cols_}};
+  const TransposedTerm<float, float, false> term{{left_.data(), rows_, cols_}, {matrix, depth_, cols_, cols_}};
   for_transposed({term}, nobody_uses);
 }
 

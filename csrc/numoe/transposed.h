@@ -11,7 +11,7 @@
 
 namespace numoe {
 
-// Rows of tokens as panels, packed [panel][depth][W], the last one padded with zeros.
+// Rows of tokens as panels, packed [panel][depth][W], the last one padded with zeros.  With pairs, depth counts them.
 template <class T>
 struct TokenPanels {
   const T* data;
@@ -23,15 +23,19 @@ struct TokenPanels {
 };
 
 // One product in a sum of products: rows (n, depth) · matrixᵀ, with matrix (columns of the result, depth).
-template <class T, class S>
+// in_pairs: a bfloat16 matrix is multiplied as pairs.
+template <class T, class S, bool in_pairs>
 struct TransposedTerm {
+  static constexpr bool pairs = in_pairs;
   TokenPanels<T> rows;
   MatrixView<const S> matrix;
 
-  // Rows [begin, begin + count) of the matrix, in the type of the arithmetic.
+  // Rows [begin, begin + count) of the matrix, in the type of the arithmetic, or as pairs.
   MatrixView<const T> matrix_rows(Index begin, Index count) const {
     const MatrixView<const S> here = matrix.row_range(begin, begin + count);
-    if constexpr (std::is_same_v<S, T>) {
+    if constexpr (pairs) {
+      return pairs_of(here);
+    } else if constexpr (std::is_same_v<S, T>) {
       return here;
     } else {
       T* wide = scratch<T, 2>(count * matrix.cols);
@@ -39,15 +43,41 @@ struct TransposedTerm {
       return {wide, count, matrix.cols, matrix.cols};
     }
   }
+
+ private:
+  // Where they are, unless half a pair would belong to another row.
+  static MatrixView<const T> pairs_of(MatrixView<const bfloat16> here) {
+    const Index size = (here.cols + 1) / 2;
+    if (here.cols % 2 == 0 && here.stride % 2 == 0) {
+      return {reinterpret_cast<const T*>(here.data), here.rows, size, here.stride / 2};
+    }
+    T* const pairs = scratch<T, 2>(here.rows * size);
+    for (Index r = 0; r < here.rows; ++r) {
+      bfloat16* const row = reinterpret_cast<bfloat16*>(pairs + r * size);
+      row[2 * size - 1] = {0};
+      std::copy_n(here.row(r), here.cols, row);
+    }
+    return {pairs, here.rows, size, size};
+  }
 };
+
+// Whose unpacked_tile multiplies numbers, or pairs.
+template <class T, bool pairs>
+const auto& unpacked_kernels() {
+  if constexpr (pairs) {
+    return kernels<T>().pairs;
+  } else {
+    return kernels<T>();
+  }
+}
 
 // sums [panel][cols][W] (+)= the transpose of term.rows · term.matrixᵀ, columns [col, col + cols), for `count` panels of
 // tokens from `first` on, the last of them up to column `last`.
-template <class T, class S>
-void multiply_transposed(const TransposedTerm<T, S>& term, Index first, Index count, Index last, Index col, Index cols,
-                         Store store, T* sums) {
-  const Kernels<T>& kernel = kernels<T>();
-  const Index width = kernel.tile_cols;
+template <class Term, class T>
+void multiply_transposed(const Term& term, Index first, Index count, Index last, Index col, Index cols, Store store,
+                         T* sums) {
+  const auto& kernel = unpacked_kernels<T, Term::pairs>();
+  const Index width = TokenPanels<T>::width();
   const RowTiles tiles{cols, kernel.unpacked_rows};
   const Neighbours neighbours{.panels = count, .b_step = term.rows.depth * width, .c_step = cols * width};
   TileArgs<T> args{.depth = term.rows.depth, .b = term.rows.panel(first), .c_stride = width, .store = store};
@@ -57,8 +87,10 @@ void multiply_transposed(const TransposedTerm<T, S>& term, Index first, Index co
     args.a = rows.data;
     args.a_stride = rows.stride;
     args.c = sums + tiles.begin(i) * width;
-    args.ahead = Ahead::spread(term.matrix.row(begin + height),  // as much as this tile's rows
-                               height * args.depth * static_cast<Index>(sizeof(S)), args.depth);
+    const Index bytes = height * term.matrix.cols * static_cast<Index>(sizeof(*term.matrix.data));  // of this tile's rows
+    Index steps = args.depth;
+    if constexpr (Term::pairs) steps *= kernel.passes(height);
+    args.ahead = Ahead::spread(term.matrix.row(begin + height), bytes, steps);
     kernel.unpacked_tile(height, args, neighbours, last);
   }
 }
@@ -73,10 +105,10 @@ Index rows_in_cache(Index depth) {
 
 // use(row, col, sums) for all of Σ rows · matrixᵀ: `sums` are those of rows [row, ..) and at most W columns [col, ..).  All
 // terms have the same rows of tokens and columns.
-template <class T, class S, class Use>
-void for_transposed(std::initializer_list<TransposedTerm<T, S>> terms, Use use) {
+template <class T, class S, bool pairs, class Use>
+void for_transposed(std::initializer_list<TransposedTerm<T, S, pairs>> terms, Use use) {
   constexpr Index cols_at_once = 96, most_rows = 256;  // whose sums fit a cache
-  const Index width = kernels<T>().tile_cols, part = kernels<T>().unpacked_part;
+  const Index width = kernels<T>().tile_cols, part = unpacked_kernels<T, pairs>().unpacked_part;
   const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
   const Index rows_at_once = std::min(most_rows, rows_in_cache<T>(terms.begin()->rows.depth));
   T* sums = scratch<T, 1>(rows_at_once * (cols_at_once + width));
@@ -87,7 +119,7 @@ void for_transposed(std::initializer_list<TransposedTerm<T, S>> terms, Use use) 
     for (Index col = 0; col < cols; col += cols_at_once) {
       const Index cols_here = std::min(cols_at_once, cols - col);
       Store store = Store::overwrite;
-      for (const TransposedTerm<T, S>& term : terms) {
+      for (const auto& term : terms) {
         multiply_transposed(term, row / width, panels, last, col, cols_here, store, sums);
         store = Store::accumulate;
       }

@@ -227,8 +227,14 @@ constexpr Kernels<float> make_dot_kernels() {
                  .passes = Tile<float, N, R>::passes,
                  .block_depth = Tile<float, N, R>::block_depth,
                  .tile = Tile<float, N, R>::run_dot,
+                 .sweeping_tile = Tile<float, N, R>::run_sweeping_dot,
                  .broad_tile = Tile<float, N, R>::run_broad_dot,
-                 .round = round_pairs<N>};
+                 .unpacked_rows = Tile<float, N, R>::unpacked_rows,
+                 .unpacked_part = unpacked_part<float, N>,
+                 .unpacked_tile = Tile<float, N, R>::run_unpacked_dot,
+                 .round = round_pairs<N>,
+                 .zip_rounded = zip_rounded<N>,
+                 .zip = zip<N>};
   return table;
 }
 
@@ -243,8 +249,14 @@ constexpr Kernels<float> make_matrix_kernels() {
                  .passes = MatrixTile<Unit>::passes,
                  .block_depth = MatrixTile<Unit>::block_depth,
                  .tile = MatrixTile<Unit>::run,
+                 .sweeping_tile = MatrixTile<Unit>::run_sweeping,
                  .broad_tile = MatrixTile<Unit>::run_broad,
-                 .round = round_pairs<N>};
+                 .unpacked_rows = MatrixTile<Unit>::rows,
+                 .unpacked_part = 2 * N,
+                 .unpacked_tile = MatrixTile<Unit>::run_unpacked,
+                 .round = round_pairs<N>,
+                 .zip_rounded = zip_rounded<N>,
+                 .zip = zip<N>};
   return table;
 }
 

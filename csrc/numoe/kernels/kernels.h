@@ -101,14 +101,23 @@ struct PairKernels {
   Index tile_rows = 0;  // R
   Index together = 1;   // G: a is [depth / G][rows][G], of zeros beyond depth
   Index (*panels_beside)(Index rows) = nullptr;  // how many broad_tile takes, 1: none beside another
-  Index (*passes)(Index rows) = nullptr;         // of tile over the panel
+  Index (*passes)(Index rows) = nullptr;         // of a tile over its panel
   Index (*block_depth)(Index rows) = nullptr;    // of a panel, for tiles of so many rows
 
   void (*tile)(Index rows, const TileArgs<T>&) = nullptr;
+  void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;  // of packed panels
   void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;
-  // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded to bfloat16, subnormal numbers as 0; the last of an odd n is
-  // paired with 0.  Possibly in place.
+  Index unpacked_rows = 0, unpacked_part = 0;
+  void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last) = nullptr;
+
+  // Rounding, to bfloat16 with subnormal numbers as 0: pairs[i] = factor * x[2i] and factor * x[2i + 1], the last of an odd
+  // n paired with 0.  Possibly in place.
   void (*round)(Index n, T factor, const T* x, T* pairs) = nullptr;
+  // pairs[j] = even_factor * even[j] and odd_factor * odd[j], rounded; an absent row counts as 0.
+  void (*zip_rounded)(Index n, T even_factor, const T* even, T odd_factor, const T* odd, T* pairs) = nullptr;
+  // Pairs of what stands in one column of two rows; an absent row counts as 0.  Panel p, of W columns, starts at
+  // pairs + p * step; what lies `near` bytes beyond the rows is asked for.
+  void (*zip)(Index panels, const bfloat16* even, const bfloat16* odd, T* pairs, Index step, Index near) = nullptr;
 
   explicit operator bool() const { return tile != nullptr; }
 };

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #include "numoe/kernels/lanes.h"
 
 namespace numoe {
@@ -42,6 +44,47 @@ void round_pairs(Index n, float factor, const float* x, float* pairs) {
   if (n % 2) __builtin_memset(halves + 2 * n, 0, 2);
 }
 
+// pairs[j] = even_factor * even[j] and odd_factor * odd[j], rounded; an absent row counts as 0.
+template <int N>
+void zip_rounded(Index n, float even_factor, const float* even, float odd_factor, const float* odd, float* pairs) {
+  using Word = Lanes<std::uint32_t, N>;
+  const auto half = [](float factor, const float* x, int count) {
+    return __builtin_convertvector(rounded<N>(factor * load_some<float, N>(x, count)), Word);
+  };
+  for_lanes<N>(n, [=](Index i, int count) {
+    const Word low = half(even_factor, even + i, count), high = odd ? half(odd_factor, odd + i, count) << 16 : Word{};
+    store_some<float, N>(pairs + i, reinterpret<Lanes<float, N>>(low | high), count);
+  });
+}
+
+// even[j] and odd[j] as the halves of pairs[j], for 2N columns.
+template <int N>
+inline void zip_vectors(Lanes<std::uint16_t, 2 * N> even, Lanes<std::uint16_t, 2 * N> odd, float* pairs) {
+  const auto half = [&]<std::size_t... I>(std::index_sequence<I...>, int first) {
+    if (first == 0) return __builtin_shufflevector(even, odd, static_cast<int>(I / 2 + I % 2 * 2 * N)...);
+    return __builtin_shufflevector(even, odd, static_cast<int>(N + I / 2 + I % 2 * 2 * N)...);
+  };
+  constexpr std::make_index_sequence<2 * N> lanes{};
+  store(pairs, half(lanes, 0));
+  store(pairs + N, half(lanes, N));
+}
+
+// Pairs of what stands in one column of two rows: panel p starts at pairs + p * step.
+template <int N>
+void zip(Index panels, const bfloat16* even, const bfloat16* odd, float* pairs, Index step, Index near) {
+  using Half = Lanes<std::uint16_t, 2 * N>;
+  for (Index p = 0; p < panels; ++p, even += 2 * N, pairs += step) {
+    __builtin_prefetch(reinterpret_cast<const char*>(even) + near, 0, 2);
+    Half right{};
+    if (odd) {
+      __builtin_prefetch(reinterpret_cast<const char*>(odd) + near, 0, 2);
+      right = load<Half>(odd);
+      odd += 2 * N;
+    }
+    zip_vectors<N>(load<Half>(even), right, pairs);
+  }
+}
+
 // sum + a · b, rounded once, for a and b of 8 bits.  In double the product is exact, and the sum too, unless one summand
 // is so small beside the other that both ways give that other one.
 template <int N>
@@ -58,6 +101,7 @@ inline Lanes<float, N> add_dots(Lanes<float, N> sum, Lanes<std::uint32_t, N> a, 
   using V = Lanes<float, N>;
 #ifdef __AVX512BF16__
   if constexpr (N == 16) return _mm512_dpbf16_ps(sum, reinterpret<__m512bh>(a), reinterpret<__m512bh>(b));
+  if constexpr (N == 8) return _mm256_dpbf16_ps(sum, reinterpret<__m256bh>(a), reinterpret<__m256bh>(b));
 #endif
   sum = fused<N>(sum, reinterpret<V>(a & 0xffff0000u), reinterpret<V>(b & 0xffff0000u));
   return fused<N>(sum, reinterpret<V>(a << 16), reinterpret<V>(b << 16));

@@ -30,6 +30,12 @@ struct Numbers {
   using V = Lanes<T, N>;
   static constexpr bool row_by_row = true;
   static inline void multiply_add(V& sum, const T* a, V b) { numoe::multiply_add(sum, *a, b); }
+  // M lanes of it; 64-byte vectors can take the number from memory as they multiply.
+  template <int M>
+  static inline void multiply_alone(Lanes<T, M>& sum, T a, Lanes<T, M> b) {
+    if constexpr (sizeof b == 32) return numoe::multiply_add(sum, a, b);
+    sum += a * b;
+  }
 };
 template <int N>
 struct Widened {  // from bfloat16, by means of a register that a spelled-out instruction would not leave
@@ -44,6 +50,11 @@ struct Pairs {  // of bfloat16, in the 32 bits of a float
   static constexpr bool row_by_row = true;
   static inline void multiply_add(V& sum, const float* a, V b) {
     sum = add_dots<N>(sum, Words{} + load<std::uint32_t>(a), reinterpret<Words>(b));
+  }
+  template <int M>
+  static inline void multiply_alone(Lanes<float, M>& sum, float a, Lanes<float, M> b) {
+    using W = Lanes<std::uint32_t, M>;
+    sum = add_dots<M>(sum, W{} + reinterpret<std::uint32_t>(a), reinterpret<W>(b));
   }
 };
 
@@ -172,7 +183,7 @@ void tile_of_height(const TileArgs<T>& args) {
   sums.finish(args.c, args.c_stride, args.store);
 }
 
-template <class T, class B, int N, int R>
+template <class Elements, class T, class B, int N, int R>
 void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neighbours) {
   const B* panel = args.b;
   T* c = args.c;
@@ -184,7 +195,7 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
     sums.start(c, args.c_stride, args.store);
     for (Index k = args.depth; k > 0; --k, a += R, b += stride) {
       ask_near<2 * N * sizeof(B)>(b, near);
-      sums.multiply_add(a, wide<T, N>(b), wide<T, N>(b + N));
+      sums.template multiply_add<Elements>(a, wide<T, N>(b), wide<T, N>(b + N));
     }
     sums.finish(c, args.c_stride, args.store);
   }
@@ -199,7 +210,7 @@ template <class T, int N>
 constexpr int unpacked_part = sizeof(T) * N == 64 ? N / 2 : N;
 
 // N columns of a panel and the sums of R rows there; nothing for N = 0.
-template <class T, int N, int R>
+template <class Elements, class T, int N, int R>
 struct Columns {
   using V = Lanes<T, N>;
   V sums[R], b;
@@ -216,13 +227,10 @@ struct Columns {
     for (int r = 0; r < R; ++r, c = forget(c + stride)) store(c, sums[r]);
   }
   [[gnu::always_inline]] inline void take(const T* panel) { b = load<V>(panel); }
-  [[gnu::always_inline]] inline void multiply_add(int r, T a) {
-    if constexpr (sizeof(V) == 32) return numoe::multiply_add(sums[r], a, b);
-    sums[r] += a * b;  // 64-byte vectors can take the number from memory as they multiply
-  }
+  [[gnu::always_inline]] inline void multiply_add(int r, T a) { Elements::template multiply_alone<N>(sums[r], a, b); }
 };
-template <class T, int R>
-struct Columns<T, 0, R> {
+template <class Elements, class T, int R>
+struct Columns<Elements, T, 0, R> {
   inline void start(const T*, Index, Store) {}
   inline void finish(T*, Index) const {}
   inline void take(const T*) {}
@@ -231,16 +239,16 @@ struct Columns<T, 0, R> {
 
 // The first `cols` columns of one panel: two vectors, one and a half, ...  With each round, `step` bytes more are asked for
 // from `ahead` on, at most as many as the round's numbers of all rows.
-template <class T, int N, int R, int cols>
+template <class Elements, class T, int N, int R, int cols>
 [[gnu::always_inline]] inline void unpacked_panel(const TileArgs<T>& args, const T* b, T* c, const char* ahead,
                                                   Index step) {
   constexpr int whole = cols / N * N;
   constexpr Index most = R * k_at_once * sizeof(T);
   const char* a = reinterpret_cast<const char*>(args.a);
   const Index stride = args.a_stride * static_cast<Index>(sizeof(T));  // in bytes: factors of an address are at most 8
-  Columns<T, whole ? N : 0, R> left;
-  Columns<T, whole == 2 * N ? N : 0, R> right;
-  Columns<T, cols - whole, R> rest;
+  Columns<Elements, T, whole ? N : 0, R> left;
+  Columns<Elements, T, whole == 2 * N ? N : 0, R> right;
+  Columns<Elements, T, cols - whole, R> rest;
   left.start(c, args.c_stride, args.store);
   right.start(c + N, args.c_stride, args.store);
   rest.start(c + whole, args.c_stride, args.store);
@@ -269,7 +277,7 @@ template <class T, int N, int R, int cols>
   right.finish(c + N, args.c_stride);
   rest.finish(c + whole, args.c_stride);
 }
-template <class T, int N, int R>
+template <class Elements, class T, int N, int R>
 void unpacked_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
   constexpr int part = unpacked_part<T, N>;
   const T* b = args.b;
@@ -278,12 +286,12 @@ void unpacked_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbou
   Index step = args.ahead.lines * args.ahead.step;
   const Index whole = neighbours.panels - (last < 2 * N ? 1 : 0);
   for (Index p = 0; p < whole; ++p, b += neighbours.b_step, c += neighbours.c_step, step = 0) {
-    unpacked_panel<T, N, R, 2 * N>(args, b, c, ahead, step);
+    unpacked_panel<Elements, T, N, R, 2 * N>(args, b, c, ahead, step);
   }
-  if (last == N) return unpacked_panel<T, N, R, N>(args, b, c, ahead, step);
+  if (last == N) return unpacked_panel<Elements, T, N, R, N>(args, b, c, ahead, step);
   if constexpr (part < N) {
-    if (last == part) return unpacked_panel<T, N, R, part>(args, b, c, ahead, step);
-    if (last == N + part) return unpacked_panel<T, N, R, N + part>(args, b, c, ahead, step);
+    if (last == part) return unpacked_panel<Elements, T, N, R, part>(args, b, c, ahead, step);
+    if (last == N + part) return unpacked_panel<Elements, T, N, R, N + part>(args, b, c, ahead, step);
   }
 }
 
@@ -461,13 +469,19 @@ struct Tile {
   static void run_dot(Index rows, const TileArgs<T>& args) { heights<Pairs<N>>(all)[rows - 1](args); }
   static void run_bf16(Index rows, const TileArgs<T, bfloat16>& args) { bf16_heights(all)[rows - 1](args); }
   static void run_sweeping(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
-    sweeping_heights<T>(all)[rows - 1](args, neighbours);
+    sweeping_heights<Numbers<T, N>, T>(all)[rows - 1](args, neighbours);
+  }
+  static void run_sweeping_dot(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
+    sweeping_heights<Pairs<N>, T>(all)[rows - 1](args, neighbours);
   }
   static void run_sweeping_narrow(Index rows, const TileArgs<T, bfloat16>& args, const Neighbours& neighbours) {
-    sweeping_heights<bfloat16>(all)[rows - 1](args, neighbours);
+    sweeping_heights<Numbers<T, N>, bfloat16>(all)[rows - 1](args, neighbours);
   }
   static void run_unpacked(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
-    unpacked_heights(unpacked)[rows - 1](args, neighbours, last);
+    unpacked_heights<Numbers<T, N>>(unpacked)[rows - 1](args, neighbours, last);
+  }
+  static void run_unpacked_dot(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
+    unpacked_heights<Pairs<N>>(unpacked)[rows - 1](args, neighbours, last);
   }
   // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
   // ahead.)
@@ -514,14 +528,14 @@ struct Tile {
     static constexpr Bf16Function table[] = {tile_bf16_of_height<N, H + 1>...};
     return table;
   }
-  template <class B, int... H>
+  template <class Elements, class B, int... H>
   static const NeighboursFunction<B>* sweeping_heights(std::integer_sequence<int, H...>) {
-    static constexpr NeighboursFunction<B> table[] = {sweeping_tile_of_height<T, B, N, H + 1>...};
+    static constexpr NeighboursFunction<B> table[] = {sweeping_tile_of_height<Elements, T, B, N, H + 1>...};
     return table;
   }
-  template <int... H>
+  template <class Elements, int... H>
   static const UnpackedFunction* unpacked_heights(std::integer_sequence<int, H...>) {
-    static constexpr UnpackedFunction table[] = {unpacked_tile_of_height<T, N, H + 1>...};
+    static constexpr UnpackedFunction table[] = {unpacked_tile_of_height<Elements, T, N, H + 1>...};
     return table;
   }
   template <class Elements, int P, int... H>

@@ -50,7 +50,7 @@ class Machine:
         self.facts = collect_facts(threads)
         self._buffer = _core.ReadProbe(DRAM_SIZE)
         self._dtypes: dict[str, str] = {
-            probe["name"]: "float32" if dtype == "bfloat16" and not probe["bfloat16_dots"] else dtype
+            probe["name"]: "float32" if dtype == "bfloat16" and not probe["bfloat16_pairs"] else dtype
             for probe in _core.peak_probes()
             if probe["supported"]
         }
