@@ -35,7 +35,7 @@ class Bounded:
         return abs(self.value) + self.error
 
     @property
-    def T(self) -> Bounded:  # noqa: N802
+    def T(self) -> Bounded:
         return Bounded(self.value.T, np.broadcast_to(self.error, self.value.shape).T)
 
     def __add__(self, other: Bounded) -> Bounded:

@@ -81,9 +81,7 @@ def test_gradients_are_as_near_as_float32_sums_are(form: str, bias: bool, weight
     rng = np.random.default_rng(tokens)
     x, dy = (rng.standard_normal(problem.x.shape).astype(np.float32) for _ in range(2))
     y, cache = numoe.experts_forward(x, plan, params, config, weights=weights, combined=True)
-    dx, dweights, dparams = numoe.experts_backward(
-        dy, x, plan, params, config, cache, weights=weights, combined=True
-    )
+    dx, dweights, dparams = numoe.experts_backward(dy, x, plan, params, config, cache, weights=weights, combined=True)
     expected = pairs.experts_on_rounded_rows(x, dy, plan, weights, params, config)
     for name, found, bound in zip(("y", "dx", "dweights"), (y, dx, dweights), expected[:3], strict=True):
         pairs.assert_within(found, bound, name)

@@ -227,10 +227,9 @@ def test_hot_loops_keep_everything_in_registers(target: str, weights: str) -> No
 
 @pytest.mark.usefixtures("_optimised")
 def test_tiles_on_the_matrix_unit_keep_everything_in_registers() -> None:
-    """One loop for each number of panels, and one for two rows of tiles."""
     mine = [f for f in functions() if f.file == "avx512_bf16.cpp" and "Amx>::multiply<" in f.name]
     loops = [(f, loop) for f in mine for loop in multiplying_loops(f)]
-    assert sorted(len(multiplications(loop)) for _, loop in loops) == [2, 4, 4, 6]  # halves of a panel times panels
+    assert sorted(len(multiplications(loop)) for _, loop in loops) == [2, 4]  # up to 16 rows, and more
     for function, loop in loops:
         assert all(i.mnemonic == "tdpbf16ps" for i in multiplications(loop))
         assert stack_accesses(function, loop) == [], function.name

@@ -1,6 +1,6 @@
 """Packed layers give the bits of the layer they were made from, in every form, for any number of tokens.
 
-float32 layers packed as bfloat16 are the exception on targets that multiply bfloat16 pairs: rounding has laws of its own.
+float32 layers packed as bfloat16 are the exception on targets that multiply bfloat16 pairs: rounding has its own laws.
 """
 
 import itertools

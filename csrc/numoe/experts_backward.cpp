@@ -26,7 +26,8 @@ class Backward : Pipeline<Compute<S>> {
            ExpertCache<const T> cache, const ExpertGrads<T>& grads)
       : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined, pairs),
         w_(experts),
-        forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S, pairs>(experts), experts.biases()),
+        forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S, pairs>(experts),
+                 experts.biases()),
         dy_(dresult),
         cache_(cache),
         grads_(grads),

@@ -70,7 +70,9 @@ class Forward : Pipeline<T> {
   using Base = Pipeline<T>;
   Forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, Index d_model, Index d_ff,
           const ExpertOptions& options, bool combined, const Weights& matrices, ExpertBiases<T> bias)
-      : Base(x, dispatch, weights, d_model, d_ff, options, combined, Weights::pairs), matrices_(matrices), bias_(bias) {}
+      : Base(x, dispatch, weights, d_model, d_ff, options, combined, Weights::pairs),
+        matrices_(matrices),
+        bias_(bias) {}
 
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);

@@ -28,7 +28,7 @@ extern template void multiply_tiles(const Operand<float>&, const RowTiles&, Tile
                                     MatrixView<float>);
 extern template void multiply_tiles(const Operand<double>&, const RowTiles&, TileRange, Index, const double*, Store,
                                     MatrixView<double>);
-extern template void multiply_zipped_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*, Store,
-                                           MatrixView<float>);
+extern template void multiply_zipped_tiles(const Operand<float>&, const RowTiles&, TileRange, Index, const float*,
+                                           Store, MatrixView<float>);
 
 }  // namespace numoe

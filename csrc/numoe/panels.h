@@ -15,7 +15,8 @@
 
 namespace numoe {
 
-constexpr Index block_depth = 512;  // at most; × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
+constexpr Index block_depth =
+    512;  // at most; × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
 constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line comes from a busy memory
 
@@ -116,8 +117,11 @@ class PackedPanels {
   }
 
  private:
+  // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
+  // ahead.)
   Index panels_beside(Index rows) const {
-    return pairs_ ? kernels<T>().pairs.panels_beside(rows) : kernels<T>().panels_beside(rows);
+    if (pairs_ && !kernels<T>().pairs.broad_tile) return 1;
+    return std::clamp<Index>((kernels<T>().tile_rows - 1) / rows, 1, habits().streams);
   }
   // Whether it pays to put the sums aside every few k's.  No tile does so with narrow numbers or with pairs.
   bool takes_turns() const {
@@ -183,7 +187,7 @@ class RowMajor {
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  static bool in_place(Index tiles) { return tiles <= (kernels<T>().tile_rows > low ? 8 : 2); }
+  static bool in_place(Index tiles) { return tiles <= (kernels<T>().tile_rows > low ? habits().tiles_on_matrices : 2); }
   Index panels_at_once(Index tiles, Index rows) const {
     if (in_place(tiles)) return std::clamp<Index>(cache / (rows * W_ * static_cast<Index>(sizeof(T))), 1, count());
     return std::min(count(), (many(tiles) ? deep : wide) / (W_ * static_cast<Index>(sizeof(T))));
@@ -254,9 +258,9 @@ class RowMajor {
   // a cache whose sets repeat every 4 KB, and streams enough to keep the memory busy.  High tiles compute meanwhile: many,
   // because sums come and go with each sweep, as long as two sweeps fit a cache.
   Index rows_of_a_sweep(Index height, Index panels) const {
-    constexpr Index few_rows = 8, many_rows = 64;
+    constexpr Index few_rows = 8;
     if (height <= low) return few_rows;
-    return std::clamp(cache / (panels * W_ * static_cast<Index>(sizeof(S))), few_rows, many_rows);
+    return std::clamp(cache / (panels * W_ * static_cast<Index>(sizeof(S))), few_rows, habits().rows_of_a_sweep);
   }
 
   // Rows [k, k + depth) of panel j, which is less than W columns.

@@ -127,9 +127,12 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 
 constexpr PeakProbe probes[] = {
 #if defined(__x86_64__)
-    {"amx_bf16", "64-byte vectors, fused multiply-add, bfloat16 products of matrices",
-     [] { return has_avx512_bf16() && has_amx_bf16(); }, peak_loop<float>(numoe_peak_avx512_f32, 14, 64),
-     peak_loop<double>(numoe_peak_avx512_f64, 14, 64), {amx_flops, numoe_peak_amx_bf16}},
+    {"amx_bf16",
+     "64-byte vectors, fused multiply-add, bfloat16 products of matrices",
+     [] { return has_avx512_bf16() && has_amx_bf16(); },
+     peak_loop<float>(numoe_peak_avx512_f32, 14, 64),
+     peak_loop<double>(numoe_peak_avx512_f64, 14, 64),
+     {amx_flops, numoe_peak_amx_bf16}},
     {"avx512_bf16", "64-byte vectors, fused multiply-add, bfloat16 dot products", has_avx512_bf16,
      peak_loop<float>(numoe_peak_avx512_f32, 14, 64), peak_loop<double>(numoe_peak_avx512_f64, 14, 64),
      peak_loop<bfloat16>(numoe_peak_avx512_bf16, 14, 64)},

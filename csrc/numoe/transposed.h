@@ -87,7 +87,8 @@ void multiply_transposed(const Term& term, Index first, Index count, Index last,
     args.a = rows.data;
     args.a_stride = rows.stride;
     args.c = sums + tiles.begin(i) * width;
-    const Index bytes = height * term.matrix.cols * static_cast<Index>(sizeof(*term.matrix.data));  // of this tile's rows
+    const Index bytes =
+        height * term.matrix.cols * static_cast<Index>(sizeof(*term.matrix.data));  // of this tile's rows
     Index steps = args.depth;
     if constexpr (Term::pairs) steps *= kernel.passes(height);
     args.ahead = Ahead::spread(term.matrix.row(begin + height), bytes, steps);

@@ -1,4 +1,5 @@
 // The choice of a target on CPUs that this machine is not, and what products of bfloat16 pairs are.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -167,6 +168,11 @@ std::vector<float> tile_of(Kernel& kernel, Index height, Index depth, Index pane
   return c;
 }
 
+// Of a broad tile.
+Index panels_beside(Kernel& kernel, Index height) {
+  if (!kernel.pairs.broad_tile) return 1;
+  return std::min(kernel.pairs.tile_rows / height, numoe::max_side_by_side);
+}
 // All of most targets' tiles, and some of a matrix unit's, which are cut into tiles of 32 rows.
 std::vector<Index> heights_of(Kernel& kernel) {
   std::vector<Index> heights;
@@ -185,7 +191,7 @@ void test_tiles_of_pairs(Kernel& kernel) {
     for (const Index depth : {0, 1, 2, 3, 7, 16, 40}) {
       const auto a = packed_rows(kernel, depth, height,
                                  [&](Index k, Index r) { return pair(number(2 * k, r), number(2 * k + 1, r)); });
-      for (Index panels = 1; panels <= kernel.pairs.panels_beside(height); ++panels) {
+      for (Index panels = 1; panels <= panels_beside(kernel, height); ++panels) {
         std::vector<float> b(static_cast<std::size_t>(panels * depth * width));
         for (Index i = 0; i < panels * depth * width; ++i) {
           const Index k = i / width % depth, j = i % width + i / width / depth;

@@ -10,7 +10,8 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 }  // namespace
 
 extern const KernelTable amx_bf16_table, avx512_bf16_table;
-const KernelTable amx_bf16_table = {"amx_bf16", "the vectors of avx512 and bfloat16 products on the matrix unit (AMX-BF16)",
+const KernelTable amx_bf16_table = {"amx_bf16",
+                                    "the vectors of avx512 and bfloat16 products on the matrix unit (AMX-BF16)",
                                     [] { return has_avx512_bf16() && has_amx_bf16(); },
                                     make_matrix_kernels<Amx, 16, 14>(), make_kernels<double, 8, 14>()};
 const KernelTable avx512_bf16_table = {"avx512_bf16", "the vectors of avx512 and bfloat16 dot products (AVX-512 BF16)",

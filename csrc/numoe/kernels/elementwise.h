@@ -189,7 +189,6 @@ constexpr Kernels<T> make_kernels() {
                    .unpacked_part = unpacked_part<T, N>,
                    .unpacked_tile = Tile<T, N, R>::run_unpacked,
                    .broad_tile = Tile<T, N, R>::run_broad,
-                   .panels_beside = Tile<T, N, R>::panels_beside,
                    .carrying_tile = Tile<T, N, R>::run_carrying,
                    .carry = carry<T, N>,
                    .tile_bf16 = nullptr,
@@ -223,7 +222,6 @@ template <int N, int R>
 constexpr Kernels<float> make_dot_kernels() {
   Kernels<float> table = make_kernels<float, N, R>();
   table.pairs = {.tile_rows = R,
-                 .panels_beside = Tile<float, N, R>::panels_beside,
                  .passes = Tile<float, N, R>::passes,
                  .block_depth = Tile<float, N, R>::block_depth,
                  .tile = Tile<float, N, R>::run_dot,
@@ -245,12 +243,10 @@ constexpr Kernels<float> make_matrix_kernels() {
   static_assert(N == MatrixTile<Unit>::side);
   table.pairs = {.tile_rows = MatrixTile<Unit>::rows,
                  .together = MatrixTile<Unit>::side,
-                 .panels_beside = MatrixTile<Unit>::panels_beside,
                  .passes = MatrixTile<Unit>::passes,
                  .block_depth = MatrixTile<Unit>::block_depth,
                  .tile = MatrixTile<Unit>::run,
                  .sweeping_tile = MatrixTile<Unit>::run_sweeping,
-                 .broad_tile = MatrixTile<Unit>::run_broad,
                  .unpacked_rows = MatrixTile<Unit>::rows,
                  .unpacked_part = 2 * N,
                  .unpacked_tile = MatrixTile<Unit>::run_unpacked,

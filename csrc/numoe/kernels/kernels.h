@@ -98,15 +98,14 @@ struct RoutingKernels {
 // All of it is absent where the target has no instructions for them, and for double.
 template <class T>
 struct PairKernels {
-  Index tile_rows = 0;  // R
-  Index together = 1;   // G: a is [depth / G][rows][G], of zeros beyond depth
-  Index (*panels_beside)(Index rows) = nullptr;  // how many broad_tile takes, 1: none beside another
-  Index (*passes)(Index rows) = nullptr;         // of a tile over its panel
-  Index (*block_depth)(Index rows) = nullptr;    // of a panel, for tiles of so many rows
+  Index tile_rows = 0;                         // R
+  Index together = 1;                          // G: a is [depth / G][rows][G], of zeros beyond depth
+  Index (*passes)(Index rows) = nullptr;       // of a tile over its panel
+  Index (*block_depth)(Index rows) = nullptr;  // of a panel, for tiles of so many rows
 
   void (*tile)(Index rows, const TileArgs<T>&) = nullptr;
   void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;  // of packed panels
-  void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;
+  void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;     // absent if it does not pay
   Index unpacked_rows = 0, unpacked_part = 0;
   void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last) = nullptr;
 
@@ -135,10 +134,9 @@ struct Kernels {
   // Store::overwrite or accumulate.
   Index unpacked_rows, unpacked_part;
   void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last);
-  // tile for all panels at every k, which reads as many streams of memory.  Nothing is asked for: the hardware does better
-  // where it follows several streams.
+  // tile for all panels at every k, which reads as many streams of memory: rows * panels <= R, at most max_side_by_side
+  // panels.  Nothing is asked for: the hardware does better where it follows several streams.
   void (*broad_tile)(Index rows, const TileArgs<T>&, const Neighbours&);
-  Index (*panels_beside)(Index rows);  // how many broad_tile takes, 1: none beside another
   // tile while it moves lines; nothing is asked `ahead`.
   void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&);
   void (*carry)(Carry&);
@@ -199,6 +197,14 @@ std::span<const KernelTable* const> kernel_tables();
 
 // The table in use.  Chosen once: NUMOE_TARGET if set (std::runtime_error if this CPU or build lacks it), else the best.
 const KernelTable& kernel_table();
+
+// How the cores of this CPU like to read matrices from memory, where one way is not better on all.
+struct Habits {
+  Index streams;            // panels that are read side by side: one that is asked for ahead, or several that are not
+  Index rows_of_a_sweep;    // of a row-major matrix, by high tiles
+  Index tiles_on_matrices;  // high tiles that read a row-major matrix where it is
+};
+const Habits& habits();
 
 // NUMOE_NUM_THREADS if it is set to a whole number >= 1; 0 otherwise, with *complaint naming the bad value if there is one.
 int num_threads_from_environment(const char** complaint);

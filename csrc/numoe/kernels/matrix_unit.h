@@ -1,12 +1,11 @@
 // A matrix unit for bfloat16 pairs: AMX, which multiplies 16 rows of 16 pairs by 16 columns at once.
 //
-// It has eight registers of up to 16 rows of 64 bytes.  A tile of up to 16 rows keeps the sums of up to three panels in six
-// of them, one of up to 32 rows those of one panel in four:
+// It has eight registers of up to 16 rows of 64 bytes.  A tile of up to 32 rows, of which a first register has up to 16 and
+// a second one the others, uses them so:
 //
-//                                            up to 16 rows    up to 32 rows
-//   sums of a panel's left and right half    0 1, 2 3, 4 5    0 1 for the upper 16 rows, 2 3 for the lower ones
-//   rows of a                                6                4 upper, 5 lower
-//   half a panel                             7                6 left, 7 right
+//   sums, left and right half of a panel     0 1 for the first rows, 2 3 for the others
+//   rows of a                                4                       5
+//   a panel                                  6 for its left half, 7 for its right half
 //
 // Registers are shaped to the rows that there are; columns and pairs are always 16.
 #pragma once
@@ -27,12 +26,11 @@ namespace {
 
 constexpr int matrix_side = 16;  // rows, columns, pairs
 
-// How many rows register t has in a tile of `rows` rows.
+// How many rows register t has in a tile of `rows` rows; one, unused, if those of the others are none.
 constexpr int rows_of_register(int t, int rows) {
-  const bool two = rows > matrix_side, of_b = t == 7 || (two && t == 6), lower = t == 2 || t == 3 || t == 5;
-  if (of_b) return matrix_side;
-  if (!two) return rows;
-  return lower ? rows - matrix_side : matrix_side;
+  const bool of_b = t >= 6, others = t == 2 || t == 3 || t == 5;
+  const int first = rows < matrix_side ? rows : matrix_side, rest = rows - first;
+  return of_b ? matrix_side : !others ? first : rest > 0 ? rest : 1;
 }
 
 #if defined(__x86_64__)

@@ -483,12 +483,6 @@ struct Tile {
   static void run_unpacked_dot(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
     unpacked_heights<Pairs<N>>(unpacked)[rows - 1](args, neighbours, last);
   }
-  // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
-  // ahead.)
-  static Index panels_beside(Index rows) {
-    const Index panels = (R - 1) / rows;
-    return panels < 1 ? 1 : panels > max_side_by_side ? max_side_by_side : panels;
-  }
   static Index passes(Index) { return 1; }
   static Index block_depth(Index) { return 512; }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
