@@ -48,7 +48,7 @@ double probe_peak(const std::string& vectors, const std::string& dtype, int thre
   const bool bfloat16_pairs = dtype == "bfloat16" && probe.bf16.run;
   if (dtype != "float32" && dtype != "float64" && !bfloat16_pairs) {
     throw py::value_error(
-        "dtype must be 'float32' or 'float64', or 'bfloat16' for vectors with its dot products; got '" + dtype +
+        "dtype must be 'float32' or 'float64', or 'bfloat16' for vectors that multiply it; got '" + dtype +
         "' for '" + vectors + "'");
   }
   check_seconds(seconds);

@@ -3,6 +3,9 @@
 //   forward   gather + pack x → gate/up products, activation on the tile → down product, combine on the tile
 //   backward  the same steps in reverse; see experts_backward
 //
+// Where the target multiplies bfloat16 pairs, bfloat16 matrices are so multiplied for every number of rows, and the other
+// factor - rows of x, weighted where the weight goes on the input, hidden rows, rows of gradients - is rounded to bfloat16.
+//
 // No (M, 2F) and no (M, D) buffer exists in inference.  Threads own columns of the result and walk through the experts
 // in order, so skewed routing costs nothing and the bits depend neither on threads nor on other tokens.
 #pragma once

@@ -40,9 +40,7 @@ class PackedExperts {
 };
 
 // y (T, D) = the weighted sum of the experts' outputs, as experts_forward of unpacked weights computes it, bit for bit
-// where the weights are the same numbers.  Except bfloat16 on targets with dot products of pairs: those are used for every
-// number of rows, and what they multiply - rows of x, weighted where the weight goes on the input, and hidden rows - is
-// rounded to bfloat16.
+// where the weights are the same numbers.
 template <class S>
 void experts_forward(MatrixView<const Compute<S>> x, const DispatchView& dispatch, MatrixView<const Compute<S>> weights,
                      const PackedExperts<S>& experts, const ExpertBiases<Compute<S>>& biases,

@@ -383,7 +383,9 @@ class MoEConfig(_Checked):
     dtype : dtype-like
         float32, float64 or bfloat16 (`ml_dtypes.bfloat16`), of parameters, activations and results.  bfloat16 layers
         compute in float32: routing, sums, losses and the parameters' gradients are float32, and so are the router's
-        parameters, the biases and the buffers (as in the models that are trained that way).
+        parameters, the biases and the buffers (as in the models that are trained that way).  CPUs that multiply
+        bfloat16 numbers in pairs (``python -m numoe info`` says so) do so in the experts' products, forward and
+        backward: both factors are rounded to bfloat16, as on a GPU, and added up in float32.
     """
 
     d_model: int

@@ -68,19 +68,19 @@ def collect() -> dict[str, Any]:
         "build": _core.build_info(),
         "target": _core.target(),
         "targets": _core.targets(),
-        "bfloat16 dots": _bfloat16_pairs(),
+        "bfloat16 pairs": _bfloat16_pairs(),
         "threads": _core.num_threads(),
         "cpus available": _core.available_cpus(),
     }
 
 
 def _bfloat16_pairs() -> str:
-    """Whether packed bfloat16 layers are multiplied by the CPU's dot products."""
+    """Whether bfloat16 layers are multiplied in pairs, with both factors rounded."""
     targets = [*_core.targets(), *_core.emulated_targets()]
     if next(target["bfloat16_pairs"] for target in targets if target["name"] == _core.target()):
-        return "used by packed layers"
+        return "multiplied by this target"
     here = any(target["bfloat16_pairs"] and target["supported"] for target in _core.targets())
-    return "not used by this target" if here else "not on this CPU"
+    return "not multiplied by this target" if here else "not on this CPU"
 
 
 def _installed() -> bool:

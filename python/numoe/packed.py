@@ -32,15 +32,14 @@ class PackedMoELayer:
 
     .. math:: y_t = \sum_k w_{tk}\, f_{e(t,k)}(x_t)\; (+\; f_{shared}(x_t))
 
-    The panels are those of the CPU target in use.  ``float32`` and ``float64`` give the bits of ``layer(x)``;
-    ``bfloat16`` rounds the experts' weights to bfloat16 (half the memory traffic) and computes in float32: the bits of
-    a layer with those weights.
+    The panels are those of the CPU target in use.  They give the bits of ``layer(x)``; a float32 layer packed as
+    ``bfloat16`` those of a layer with its experts' weights rounded to bfloat16, in half the memory traffic.
 
-    On CPUs with bfloat16 dot products (``python -m numoe info`` says so) ``bfloat16`` uses them, for any number of
-    tokens.  Then what the experts' matrices multiply is rounded to bfloat16 too - x, after its weight where
-    ``weight_on="input"``, and the rows after the activation - and subnormal numbers count as 0 in these products.
-    Sums, router, biases, activation and the weighted sum of the experts stay float32.  A token's bits depend as little
-    as ever on threads and on the batch around it.
+    CPUs that multiply bfloat16 numbers in pairs (``python -m numoe info`` says so) do so for any number of tokens, in
+    packed layers as in `MoELayer`.  Then what the experts' matrices multiply is rounded to bfloat16 too - x, after its
+    weight where ``weight_on="input"``, and the rows after the activation - and subnormal numbers count as 0 in these
+    products.  Sums, router, biases, activation and the weighted sum of the experts stay float32.  A token's bits depend
+    as little as ever on threads and on the batch around it.
 
     Attributes
     ----------

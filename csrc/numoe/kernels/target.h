@@ -5,10 +5,10 @@
 
 namespace numoe {
 
-// "emulated-avx512_bf16", "emulated-avx512" and "emulated-avx2": lanes and tile heights of the targets they are named
-// after, in baseline instructions, so that a CPU without the wide vectors runs every shape, edge and tail of theirs.
-// Bits differ from the real target's only because that one fuses multiplications with additions; the dots of bfloat16
-// pairs do so here too.  Slow; only NUMOE_TARGET chooses them.
+// "emulated-amx_bf16", "emulated-avx512_bf16", "emulated-avx512" and "emulated-avx2": lanes and tile heights of the targets
+// they are named after, in baseline instructions, so that a CPU without the wide vectors runs every shape, edge and tail of
+// theirs.  Bits differ from the real target's only because that one fuses multiplications with additions; products of
+// bfloat16 pairs are the same here.  Slow; only NUMOE_TARGET chooses them.
 std::span<const KernelTable* const> emulated_tables();
 
 // The first of `tables` that the CPU supports if `wanted` is null or empty, else the one of that name, of either list;

@@ -36,9 +36,9 @@ class Machine:
         CPU, target, versions, settings of the system.
     peaks : dict
         Kind of vectors → {"1": FLOP/s on one thread, "n": FLOP/s on `threads`}, for all that the CPU has.  For
-        bfloat16 that of its dot products, of float32 arithmetic where the vectors have none.
+        bfloat16 that of its products of pairs, of float32 arithmetic where there are none.
     peak_dtype : str
-        What `best_vectors` multiply: numbers of the run's dtype, or float32 for bfloat16 without dot products.
+        What `best_vectors` multiply: numbers of the run's dtype, or float32 for bfloat16 without such products.
     read : dict
         "L2", "L3", "DRAM" → bytes per second, keyed alike.
     clean : bool

@@ -56,7 +56,7 @@ def machine_lines(machine: Row) -> Iterator[str]:
     )
     disturbed = "" if machine["probes_clean"] else "  ~ others used the CPUs meanwhile"
     if machine["peak_dtype"] != machine["dtype"]:
-        yield f"no probe of {machine['dtype']} dot products on this CPU: shares are of the float32 peak"
+        yield f"no {machine['dtype']} products on this CPU: shares are of the float32 peak"
     yield f"{machine['peak_dtype']} peak in GFLOP/s on 1 / {n} threads: {_rates(machine['peaks'])}{disturbed}"
     yield f"read rate in GB/s on 1 / {n} threads: {_rates(machine['read'])}"
 
