@@ -128,12 +128,9 @@ class Forward : Pipeline<T> {
         const Index count = now.count;
         multiply_panels(stage, x, pass, now, glu ? beside : later, pre);
         if (glu) multiply_panels(stage, x, pass, beside, later, linear);
-        for (Index p = 0; p < count; ++p) {
-          const Index panel_col = (j + p) * W_, valid = std::min(W_, cols - panel_col);
-          const MatrixView<T> first_sums{pre + p * size, height, valid, W_};
-          finish(e, col + panel_col, first, first_sums, glu ? bias_.gate : bias_.up, glu ? cache.gate : cache.up);
-          if (glu) finish(e, col + panel_col, first, {linear + p * size, height, valid, W_}, bias_.up, cache.up);
-        }
+        const Columns here{e, col + j * W_, std::min(count * W_, cols - j * W_), first, height};
+        finish(here, pre, glu ? bias_.gate : bias_.up, glu ? cache.gate : cache.up);
+        if (glu) finish(here, linear, bias_.up, cache.up);
         if (!hidden) continue;
         T* const h = pre;
         kernel_.activate(options_.activation, count * size, pre, linear, h);
@@ -145,12 +142,25 @@ class Forward : Pipeline<T> {
     });
   }
 
-  // Adds the bias to sums of rows [row, ..) before the activation, and keeps them for the backward if there is a cache.
-  void finish(Index e, Index col, Index row, MatrixView<T> sums, MatrixView<const T> bias, MatrixView<T> cache) const {
-    if (bias) add_bias(bias.row(e) + col, sums.cols, sums.rows, sums.data, sums.stride);
-    if (!cache) return;
-    for (Index r = 0; r < sums.rows; ++r) {
-      copy_run(sums.row(r), sums.cols, cache.row(dispatch_.begin(e) + row + r) + col);
+  // Columns [col, col + cols) of rows [row, row + rows) of expert e.
+  struct Columns {
+    Index e, col, cols, row, rows;
+  };
+  // Adds the bias to sums before the activation, [panel][rows][W], and keeps them for the backward if there is a cache: row by
+  // row, as memory likes it.
+  void finish(const Columns& here, T* sums, MatrixView<const T> bias, MatrixView<T> cache) const {
+    const Index size = here.rows * W_;
+    const auto for_panels_of = [&](auto use) {
+      for (Index j = 0; j < here.cols; j += W_) use(sums + j / W_ * size, j, std::min(W_, here.cols - j));
+    };
+    if (bias) {
+      for_panels_of([&](T* panel, Index j, Index valid) {
+        add_bias(bias.row(here.e) + here.col + j, valid, here.rows, panel, W_);
+      });
+    }
+    for (Index r = 0; cache && r < here.rows; ++r) {
+      T* const row = cache.row(dispatch_.begin(here.e) + here.row + r) + here.col;
+      for_panels_of([&](T* panel, Index j, Index valid) { copy_run(panel + r * W_, valid, row + j); });
     }
   }
 
