@@ -78,7 +78,7 @@ def valid_calls() -> dict[str, list[Any]]:
         "RouterOptions": router,
         "ExpertOptions": ["silu", "output"],
         "ReadProbe": [64],
-        "ProductProbe": ["outer", 3, 5, 7, 2],
+        "ProductProbe": ["outer", 3, 5, 7, 2, "float32"],
         "set_num_threads": [2],
     }
 

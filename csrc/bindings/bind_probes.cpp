@@ -47,9 +47,8 @@ double probe_peak(const std::string& vectors, const std::string& dtype, int thre
   check_threads(threads);
   const bool bfloat16_pairs = dtype == "bfloat16" && probe.bf16.run;
   if (dtype != "float32" && dtype != "float64" && !bfloat16_pairs) {
-    throw py::value_error(
-        "dtype must be 'float32' or 'float64', or 'bfloat16' for vectors that multiply it; got '" + dtype +
-        "' for '" + vectors + "'");
+    throw py::value_error("dtype must be 'float32' or 'float64', or 'bfloat16' for vectors that multiply it; got '" +
+                          dtype + "' for '" + vectors + "'");
   }
   check_seconds(seconds);
   ReleasedGil nogil;
@@ -82,7 +81,11 @@ constexpr std::pair<const char*, Product> product_names[] = {{"packed", Product:
                                                              {"outer", Product::outer}};
 
 std::unique_ptr<ProductProbe> make_product_probe(const std::string& name, Index rows, Index depth, Index cols,
-                                                 Index matrices) {
+                                                 Index matrices, const std::string& dtype) {
+  const bool pairs = dtype == "bfloat16" && kernels<float>().pairs;
+  if (dtype != "float32" && !pairs) {
+    throw py::value_error("dtype must be 'float32', or 'bfloat16' where the target multiplies it; got '" + dtype + "'");
+  }
   constexpr Index most = Index{1} << 30;  // numbers, of the matrices and of the rows
   for (const auto& [known, product] : product_names) {
     if (name != known) continue;
@@ -93,7 +96,7 @@ std::unique_ptr<ProductProbe> make_product_probe(const std::string& name, Index 
                             std::to_string(matrices));
     }
     ReleasedGil nogil;
-    return std::make_unique<ProductProbe>(product, rows, depth, cols, matrices);
+    return std::make_unique<ProductProbe>(product, pairs, rows, depth, cols, matrices);
   }
   std::string names;
   for (const auto& [known, product] : product_names) names += std::string(names.empty() ? "" : ", ") + known;
@@ -117,7 +120,7 @@ void bind_probes(py::module_& m) {
       .def("rate", &read_rate, py::arg("bytes"), py::arg("threads"));
   py::class_<ProductProbe>(m, "ProductProbe")
       .def(py::init(&make_product_probe), py::arg("product"), py::arg("rows"), py::arg("depth"), py::arg("cols"),
-           py::arg("matrices"))
+           py::arg("matrices"), py::arg("dtype"))
       .def("rate", &product_rate, py::arg("seconds"));
 }
 

@@ -228,11 +228,10 @@ class Backward : Pipeline<Compute<S>> {
             pack_panels(right(e), rows, col, cols, W_, target);
           }
         });
-    constexpr Index many_rows = 128;  // enough for a task
-    const RowTiles tiles_of_dw{m, pairs ? std::min(many_rows, kernel_.pairs.tile_rows) : kernel_.tile_rows};
+    const RowTiles tiles_of_dw = tiles_of_gradient<T>(m, pairs);
     const Index work_per_tile = tiles_of_dw.most_rows() * n * this->most_rows(range);
     const Index soon = max_task_work / std::max<Index>(1, work_per_tile);
-    const Index tiles_per_task = std::clamp<Index>(soon, 1, tiles_of_dw.most_rows() < many_rows ? 8 : 1);
+    const Index tiles_per_task = std::clamp<Index>(soon, 1, tiles_of_a_task(tiles_of_dw));
     const Index pieces = (tiles_of_dw.count() + tiles_per_task - 1) / tiles_per_task;
     this->for_pieces(
         range, [&](Index) { return pieces; },

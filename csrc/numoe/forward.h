@@ -15,7 +15,7 @@ namespace numoe {
 template <class T, class S, bool in_pairs = false>
 class RowMajorWeights {
  public:
-  static constexpr bool pairs = in_pairs;
+  static constexpr bool pairs = in_pairs, in_rows = true;
   using Columns = std::conditional_t<pairs, RowMajorPairs<T>, RowMajor<T, S>>;
 
   explicit RowMajorWeights(const ExpertWeights<S>& weights) : w_(weights) {}
@@ -33,7 +33,7 @@ class RowMajorWeights {
 template <class T, class S, bool in_pairs = false>
 class PackedWeights {
  public:
-  static constexpr bool pairs = in_pairs;
+  static constexpr bool pairs = in_pairs, in_rows = false;
 
   explicit PackedWeights(const PackedExperts<S>& weights) : w_(weights) {}
 
@@ -91,7 +91,8 @@ class Forward : Pipeline<T> {
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
     Workspace<T, 13> inputs(rows_of(range) * packed_size(D_));
     this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
-    const Index block = this->columns_per_task(2 * D_, F_, this->most_rows(range));
+    const Index block = Weights::in_rows ? this->columns_per_task(2 * D_, F_, range)
+                                         : this->columns_per_task(2 * D_, F_, this->most_rows(range));
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {

@@ -17,6 +17,17 @@ template <class T>
 void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, const T* b_panels,
                     Store store, MatrixView<T> c);
 
+// The tiles of a weight's gradient (rows, n), and how many of them make a task.
+template <class T>
+RowTiles tiles_of_gradient(Index rows, bool pairs) {
+  constexpr Index most = 128;
+  return {rows, pairs ? std::min(most, kernels<T>().pairs.tile_rows) : kernels<T>().tile_rows};
+}
+inline Index tiles_of_a_task(const RowTiles& tiles) {
+  constexpr Index high = 64;
+  return tiles.most_rows() < high ? 8 : 1;
+}
+
 // multiply_tiles for the transpose of a, whose `rows` rows are k's: both factors as bfloat16 pairs of k's.
 template <class T>
 void multiply_zipped_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index rows, const T* b_panels,

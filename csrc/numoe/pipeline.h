@@ -96,6 +96,8 @@ class Pipeline {
   }
   Index rows_of(const ExpertRange& range) const { return dispatch_.begin(range.end) - dispatch_.begin(range.begin); }
 
+  Index tasks_per_thread(Index rows) const { return num_threads() > 1 && rows > 2 * kernel_.tile_rows ? 4 : 1; }
+
   Index most_rows(const ExpertRange& range) const {
     Index most = 0;
     for (Index e = range.begin; e < range.end; ++e) most = std::max(most, dispatch_.rows(e));
@@ -105,8 +107,20 @@ class Pipeline {
   // Columns of a product that one task computes.  With many rows several tasks per thread: whoever is held up leaves some
   // to the others.  With few, a thread's columns stay together, as memory likes it.
   Index columns_per_task(Index depth, Index cols, Index rows) const {
-    const Index threads = num_threads(), tasks_per_thread = threads > 1 && rows > 2 * kernel_.tile_rows ? 4 : 1;
-    return column_block(depth, cols, W_, tasks_per_thread * threads, rows);
+    return column_block(depth, cols, W_, num_threads() * tasks_per_thread(rows), rows);
+  }
+  // The same where all experts of the range have tasks at once, for matrices whose rows had better not be cut: each is cut
+  // into as few pieces as keep the threads busy.
+  Index columns_per_task(Index depth, Index cols, const ExpertRange& range) const {
+    const Index threads = num_threads(), rows = most_rows(range), most = threads * tasks_per_thread(rows);
+    Index experts = 0;
+    for (Index e = range.begin; e < range.end; ++e) experts += dispatch_.rows(e) > 0 ? 1 : 0;
+    Index pieces = 1;
+    for (; pieces < most; ++pieces) {
+      const Index tasks = experts * pieces, idle = (threads - tasks % threads) % threads;  // while the last ones run
+      if (16 * idle <= tasks && tasks >= 2 * most) break;
+    }
+    return column_block(depth, cols, W_, pieces, rows);
   }
 
   // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.

@@ -11,8 +11,6 @@ namespace {
 
 Index width() { return kernels<float>().tile_cols; }
 Index padded(Index n) { return num_panels(n, width()) * width(); }
-RowTiles tiles_of(Index rows) { return {rows, kernels<float>().tile_rows}; }
-
 constexpr auto nobody_uses = [](Index, Index, MatrixView<float>) {};
 
 // Ordinary numbers: the sums neither overflow nor become subnormal.
@@ -24,16 +22,33 @@ Buffer<float> numbers(Index count) {
 
 }  // namespace
 
-ProductProbe::ProductProbe(Product product, Index rows, Index depth, Index cols, Index count)
+ProductProbe::ProductProbe(Product product, bool pairs, Index rows, Index depth, Index cols, Index count)
     : product_(product),
+      pairs_(pairs),
       rows_(rows),
       depth_(depth),
       cols_(cols),
       count_(count),
-      size_(depth * (product == Product::packed ? padded(cols) : cols)),
-      matrices_(numbers(count * size_)),
-      left_(numbers(product == Product::transposed ? padded(rows) * cols : rows * depth)),
-      right_(numbers(product == Product::outer ? rows * padded(cols) : 0)) {}
+      matrices_(numbers(count * size_of_matrix())),
+      left_(numbers(product == Product::transposed ? padded(rows) * depth_of(cols)
+                    : product == Product::outer    ? rows * depth
+                                                   : rows * row_size<float>(depth, pairs))),
+      right_(numbers(product == Product::outer ? row_size<float>(rows, pairs) * padded(cols) : 0)) {}
+
+RowTiles ProductProbe::tiles() const {
+  return {rows_, pairs_ ? kernels<float>().pairs.tile_rows : kernels<float>().tile_rows};
+}
+
+Index ProductProbe::depth_of(Index numbers_of_k) const { return pairs_ ? (numbers_of_k + 1) / 2 : numbers_of_k; }
+
+Index ProductProbe::size_of_matrix() const {
+  if (product_ == Product::packed) return depth_of(depth_) * padded(cols_);
+  return pairs_ && product_ != Product::outer ? (depth_ * cols_ + 1) / 2 : depth_ * cols_;
+}
+
+MatrixView<const bfloat16> ProductProbe::narrow(const float* matrix) const {
+  return {reinterpret_cast<const bfloat16*>(matrix), depth_, cols_, cols_};
+}
 
 double ProductProbe::rate(double seconds) {
   using Clock = std::chrono::steady_clock;
@@ -41,7 +56,7 @@ double ProductProbe::rate(double seconds) {
   const auto spent = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
   double operations = 0;
   do {
-    multiply(matrices_.data() + next_ * size_);
+    multiply(matrices_.data() + next_ * size_of_matrix());
     next_ = (next_ + 1) % count_;
     operations += 2.0 * static_cast<double>(rows_ * depth_ * cols_);
   } while (spent() < seconds);
@@ -62,29 +77,37 @@ void ProductProbe::multiply(float* matrix) {
 }
 
 void ProductProbe::multiply_packed(const float* matrix) const {
-  const PackedRows<float> rows{left_.data(), tiles_of(rows_), depth_, depth_};
+  const Index depth = depth_of(depth_);
+  const PackedRows<float> rows{left_.data(), tiles(), depth, row_size<float>(depth_, pairs_)};
   const float* const end = matrices_.data() + matrices_.size();
-  const PackedPanels<float, float> panels{matrix, depth_ * width(), num_panels(cols_, width()), end, true, false};
+  const PackedPanels<float, float> panels{matrix, depth * width(), num_panels(cols_, width()), end, true, pairs_};
   for_panels(rows, panels, cols_, nobody_uses);
 }
 
 void ProductProbe::multiply_row_major(const float* matrix) const {
-  const PackedRows<float> rows{left_.data(), tiles_of(rows_), depth_, depth_};
+  const PackedRows<float> rows{left_.data(), tiles(), depth_of(depth_), row_size<float>(depth_, pairs_)};
+  if (pairs_) return for_panels(rows, RowMajorPairs<float>(narrow(matrix), 0, cols_), cols_, nobody_uses);
   for_panels(rows, RowMajor<float, float>({matrix, depth_, cols_, cols_}, 0, cols_), cols_, nobody_uses);
 }
 
 void ProductProbe::multiply_transposed(const float* matrix) const {
-  const TransposedTerm<float, float, false> term{{left_.data(), rows_, cols_}, {matrix, depth_, cols_, cols_}};
-  for_transposed({term}, nobody_uses);
+  const TokenPanels<float> rows{left_.data(), rows_, depth_of(cols_)};
+  if (pairs_) return for_transposed({TransposedTerm<float, bfloat16, true>{rows, narrow(matrix)}}, nobody_uses);
+  for_transposed({TransposedTerm<float, float, false>{rows, {matrix, depth_, cols_, cols_}}}, nobody_uses);
 }
 
 void ProductProbe::multiply_outer(float* matrix) const {
-  constexpr Index tiles_at_once = 8;  // as a task of the backward has them
   const Operand<float> left{left_.data(), depth_, 1};
-  const RowTiles tiles = tiles_of(depth_);
-  for (Index i = 0; i < tiles.count(); i += tiles_at_once) {
-    multiply_tiles(transposed(left), tiles, {i, std::min(i + tiles_at_once, tiles.count())}, rows_, right_.data(),
-                   Store::stream, {matrix, depth_, cols_, cols_});
+  const MatrixView<float> result{matrix, depth_, cols_, cols_};
+  const RowTiles rows = tiles_of_gradient<float>(depth_, pairs_);
+  const Index at_once = tiles_of_a_task(rows);
+  for (Index i = 0; i < rows.count(); i += at_once) {
+    const TileRange some{i, std::min(i + at_once, rows.count())};
+    if (pairs_) {
+      multiply_zipped_tiles(left, rows, some, rows_, right_.data(), Store::stream, result);
+    } else {
+      multiply_tiles(transposed(left), rows, some, rows_, right_.data(), Store::stream, result);
+    }
   }
 }
 

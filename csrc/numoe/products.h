@@ -17,7 +17,8 @@ enum class Product {
 // if they are to come from memory.
 class ProductProbe {
  public:
-  ProductProbe(Product, Index rows, Index depth, Index cols, Index count);  // throws std::bad_alloc
+  // pairs: of bfloat16 numbers, on targets that multiply them; the outer product is float32.  Throws std::bad_alloc.
+  ProductProbe(Product, bool pairs, Index rows, Index depth, Index cols, Index count);
 
   // Multiply-adds, two operations each, per second over about `seconds`, of whole products.
   double rate(double seconds);
@@ -29,9 +30,15 @@ class ProductProbe {
   void multiply_transposed(const float* matrix) const;
   void multiply_outer(float* matrix) const;
 
+  RowTiles tiles() const;               // of the rows
+  Index size_of_matrix() const;         // floats
+  Index depth_of(Index numbers) const;  // k's: numbers, or pairs of them
+  MatrixView<const bfloat16> narrow(const float* matrix) const;
+
   Product product_;
-  Index rows_, depth_, cols_, count_, size_;  // size: numbers of a matrix
-  Buffer<float> matrices_, left_, right_;     // left, right: the rows, packed as the product wants them
+  bool pairs_;
+  Index rows_, depth_, cols_, count_;
+  Buffer<float> matrices_, left_, right_;  // left, right: the rows, packed as the product wants them
   Index next_ = 0;
 };
 

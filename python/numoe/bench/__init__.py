@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         if args.scaling:
             print_scaling(settings_of(args), result)
         if args.products:
-            print_products(settings_of(args).seconds, result)
+            print_products(args.dtype, settings_of(args).seconds, result)
     finally:  # an interrupted run keeps what it has
         if args.json is not None and result.get("cells"):
             args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -25,11 +25,15 @@ _DEPTH, _COLS, _MATRICES = 2048, 1024, 32  # 256 MB: more than caches keep
 _SLICE = 0.02  # seconds of one product before the next one has its turn
 
 
-def print_products(seconds: float, result: Row) -> None:
-    """Measures and prints them, line by line, on one thread; adds them to `result`."""
-    machine = Machine("float32", 1)
+def print_products(dtype: str, seconds: float, result: Row) -> None:
+    """Measures and prints them, line by line, on one thread; adds them to `result`.
+
+    Of bfloat16 numbers if the run is about them and the target multiplies them.
+    """
+    target = next(target for target in _core.targets() if target["name"] == _core.target())
+    machine = Machine("bfloat16" if dtype == "bfloat16" and target["bfloat16_pairs"] else "float32", 1)
     rows = result["products"] = []
-    for line in heading():
+    for line in heading(machine.dtype):
         print(line, flush=True)
     for count in ROWS:
         rows.append(measure_products(machine, count, seconds))
@@ -38,16 +42,15 @@ def print_products(seconds: float, result: Row) -> None:
 
 def measure_products(machine: Machine, rows: int, seconds: float) -> Row:
     """Shares of the limit with `rows` rows, slice by slice, the limits probed before each slice."""
-    probes = {name: _core.ProductProbe(name, rows, _DEPTH, _COLS, _MATRICES) for name in PRODUCTS}
+    probes = {name: _core.ProductProbe(name, rows, _DEPTH, _COLS, _MATRICES, machine.dtype) for name in PRODUCTS}
     shares: dict[str, list[float]] = {name: [] for name in PRODUCTS}
     bounds = []
     for _ in range(max(3, round(seconds / _SLICE))):
         limits = machine.limits(DRAM_SIZE, _SLICE / 4)
-        memory = limits.bandwidth * rows / 2  # 2 · rows operations for the 4 bytes of a number
-        limit = min(limits.peak, memory)
-        bounds.append(memory < limits.peak)
+        memory = {name: limits.bandwidth * 2 * rows / number_size(name, machine.dtype) for name in PRODUCTS}
+        bounds.append(memory["packed"] < limits.peak)
         for name, probe in probes.items():
-            shares[name].append(probe.rate(_SLICE) / limit)
+            shares[name].append(probe.rate(_SLICE) / min(limits.peak, memory[name]))
     return {
         "rows": rows,
         "bound": "memory" if np.mean(bounds) > 0.5 else "compute",
@@ -58,9 +61,14 @@ def measure_products(machine: Machine, rows: int, seconds: float) -> Row:
     }
 
 
-def heading() -> Iterator[str]:
+def number_size(product: str, dtype: str) -> int:
+    """Bytes of one of the matrix's numbers, which takes part in 2 operations per row; gradients are float32."""
+    return 2 if dtype == "bfloat16" and product != "outer" else 4
+
+
+def heading(dtype: str) -> Iterator[str]:
     """What the lines show."""
-    yield f"bare products, float32, one thread, matrices ({_DEPTH}, {_COLS}) from memory:"
+    yield f"bare products, {dtype}, one thread, matrices ({_DEPTH}, {_COLS}) from memory:"
     yield from (f"  {name:<10} {text}" for name, text in PRODUCTS.items())
     yield "share of the limit in %, median and in parentheses the best tenth; m memory-, c compute-bound"
     yield f"{'rows':>4}    " + " ".join(f"{name:>12}" for name in PRODUCTS)
