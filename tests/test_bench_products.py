@@ -11,44 +11,33 @@ from numoe.bench import products
 from numoe.bench.machine import Limits
 
 SIZES = [(1, 1, 1), (3, 5, 7), (7, 64, 33), (64, 150, 205), (300, 33, 64)]
-
-
 DTYPES = ["float32"] + ["bfloat16"] * pairs.USED
+
+
+def probe(product, rows, depth, cols, matrices, dtype="float32"):
+    return _core.ProductProbe(product, rows, depth, cols, matrices, dtype)
 
 
 @pytest.mark.parametrize(("product", "sizes", "dtype"), [*itertools.product(products.PRODUCTS, SIZES, DTYPES)])
 def test_no_product_beats_the_machine(product, sizes, dtype):
     """Whatever returns without computing would, even if the clock doubled between probe and product."""
     fastest = max(
-        _core.probe_peak(probe["name"], dtype if probe["bfloat16_pairs"] else "float32", 1, 0.005)
-        for probe in _core.peak_probes()
-        if probe["supported"]
+        _core.probe_peak(vectors["name"], dtype if vectors["bfloat16_pairs"] else "float32", 1, 0.005)
+        for vectors in _core.peak_probes()
+        if vectors["supported"]
     )
-    probe = _core.ProductProbe(product, *sizes, 3, dtype)
-    assert 0 < probe.rate(0.002) < 2 * fastest
+    assert 0 < probe(product, *sizes, 3, dtype).rate(0.002) < 2 * fastest
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: _core.ProductProbe("inner", 1, 1, 1, 1, "float32"),
-            "product='inner' is unknown; pass one of: packed, row-major",
-        ),
-        (
-            lambda: _core.ProductProbe("packed", 0, 1, 1, 1, "float32"),
-            "must be >= 1, and together at most 2^30 numbers; got 0, 1",
-        ),
-        (
-            lambda: _core.ProductProbe("outer", 1, 2**62, 2**62, 1, "float32"),
-            "must be >= 1, and together at most 2^30 numbers",
-        ),
-        (
-            lambda: _core.ProductProbe("outer", 2**40, 1, 1, 1, "float32"),
-            "must be >= 1, and together at most 2^30 numbers",
-        ),
-        (lambda: _core.ProductProbe("outer", 1, 1, 1, 1, "int8"), "dtype must be 'float32', or 'bfloat16' where"),
-        (lambda: _core.ProductProbe("packed", 1, 1, 1, 1, "float32").rate(0.0), "seconds must be > 0"),
+        (lambda: probe("inner", 1, 1, 1, 1), "product='inner' is unknown; pass one of: packed, row-major"),
+        (lambda: probe("packed", 0, 1, 1, 1), "must be >= 1, and together at most 2^30 numbers; got 0, 1"),
+        (lambda: probe("outer", 1, 2**62, 2**62, 1), "must be >= 1, and together at most 2^30 numbers"),
+        (lambda: probe("outer", 2**40, 1, 1, 1), "must be >= 1, and together at most 2^30 numbers"),
+        (lambda: probe("outer", 1, 1, 1, 1, "int8"), "dtype must be 'float32', or 'bfloat16' where"),
+        (lambda: probe("packed", 1, 1, 1, 1).rate(0.0), "seconds must be > 0"),
     ],
 )
 def test_the_probe_refuses_what_it_cannot_measure(call, message):

@@ -107,9 +107,9 @@ WEIGHTS = (
     "bfloat16 rows while sweeping",
     *map("".join, itertools.product(("float32", "float64"), WAYS)),
 )
-DOTS = ("bfloat16 dots", "bfloat16 dots side by side")
-UNPACKED = ("float32" + WAYS[5], "float64" + WAYS[5])
-IN_ROUNDS = ("float32", "float64", DOTS[0], *UNPACKED)  # tiles that multiply several k's before they count
+DOTS = tuple("bfloat16 dots" + way for way in ("", *WAYS[3:]))
+UNPACKED = tuple(numbers + WAYS[5] for numbers in ("float32", "float64", "bfloat16 dots"))
+IN_ROUNDS = ("float32", "float64", "bfloat16 dots", *UNPACKED)  # tiles that multiply several k's before they count
 TILES = [*itertools.product(REGISTERS, WEIGHTS), *itertools.product(["avx512_bf16"], DOTS)]
 
 

@@ -15,8 +15,7 @@
 
 namespace numoe {
 
-constexpr Index block_depth =
-    512;  // at most; × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
+constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
 constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line comes from a busy memory
 
@@ -100,23 +99,25 @@ class PackedPanels {
     const bool beside = range.count() == 1 && count <= panels_beside(rows.tiles.height(range.begin));
     beside ? multiply_side_by_side(rows, range.begin, j, count, c) : multiply_in_turns(rows, range, j, count, c);
   }
-  // k's of a panel that all tiles multiply before the next ones come.
-  Index block_depth(Index most_rows) const {
-    return pairs_ ? kernels<T>().pairs.block_depth(most_rows) : numoe::block_depth;
+  // k's of a panel that tiles of so many rows multiply before the next ones come.  Where a tile passes over them many times,
+  // they and its rows stay in an L1; with two passes memory sets the pace.
+  Index block_depth(Index rows) const {
+    constexpr Index of_many_passes = 128;
+    return passes(rows) > 2 ? of_many_passes : numoe::block_depth;
   }
   // What tile i of `tiles` asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block, which
   // lies behind this one; if nothing passes over this one again, what it reads itself.
   Ahead ahead(Index j, Index k, Index depth, Index i, Index tiles, Index height) const {
     constexpr Index number = sizeof(S);
-    const Index passes = pairs_ ? kernels<T>().pairs.passes(height) : 1;
     const S* here = data_ + j * step_ + k * W_;
-    const S* next = tiles * passes > 1 ? here + depth * W_ : here + one_memory_away / number;
+    const S* next = tiles * passes(height) > 1 ? here + depth * W_ : here + one_memory_away / number;
     const Index bytes = std::min(depth * W_, end_ - next) * number / tiles;
     if (bytes <= 0) return {};
-    return Ahead::spread(reinterpret_cast<const char*>(next) + i * bytes, bytes, passes * depth);
+    return Ahead::spread(reinterpret_cast<const char*>(next) + i * bytes, bytes, passes(height) * depth);
   }
 
  private:
+  Index passes(Index rows) const { return pairs_ ? kernels<T>().pairs.passes(rows) : 1; }  // of a tile over its panel
   // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
   // ahead.)
   Index panels_beside(Index rows) const {

@@ -222,8 +222,7 @@ template <int N, int R>
 constexpr Kernels<float> make_dot_kernels() {
   Kernels<float> table = make_kernels<float, N, R>();
   table.pairs = {.tile_rows = R,
-                 .passes = Tile<float, N, R>::passes,
-                 .block_depth = Tile<float, N, R>::block_depth,
+                 .rows_at_once = R,
                  .tile = Tile<float, N, R>::run_dot,
                  .sweeping_tile = Tile<float, N, R>::run_sweeping_dot,
                  .broad_tile = Tile<float, N, R>::run_broad_dot,
@@ -242,9 +241,8 @@ constexpr Kernels<float> make_matrix_kernels() {
   Kernels<float> table = make_kernels<float, N, R>();
   static_assert(N == MatrixTile<Unit>::side);
   table.pairs = {.tile_rows = MatrixTile<Unit>::rows,
+                 .rows_at_once = MatrixTile<Unit>::most,
                  .together = MatrixTile<Unit>::side,
-                 .passes = MatrixTile<Unit>::passes,
-                 .block_depth = MatrixTile<Unit>::block_depth,
                  .tile = MatrixTile<Unit>::run,
                  .sweeping_tile = MatrixTile<Unit>::run_sweeping,
                  .unpacked_rows = MatrixTile<Unit>::rows,

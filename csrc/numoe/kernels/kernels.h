@@ -98,10 +98,9 @@ struct RoutingKernels {
 // All of it is absent where the target has no instructions for them, and for double.
 template <class T>
 struct PairKernels {
-  Index tile_rows = 0;                         // R
-  Index together = 1;                          // G: a is [depth / G][rows][G], of zeros beyond depth
-  Index (*passes)(Index rows) = nullptr;       // of a tile over its panel
-  Index (*block_depth)(Index rows) = nullptr;  // of a panel, for tiles of so many rows
+  Index tile_rows = 0;     // R
+  Index rows_at_once = 0;  // a tile of more rows passes over its panel several times
+  Index together = 1;      // G: a is [depth / G][rows][G], of zeros beyond depth
 
   void (*tile)(Index rows, const TileArgs<T>&) = nullptr;
   void (*sweeping_tile)(Index rows, const TileArgs<T>&, const Neighbours&) = nullptr;  // of packed panels
@@ -118,6 +117,7 @@ struct PairKernels {
   // pairs + p * step; what lies `near` bytes beyond the rows is asked for.
   void (*zip)(Index panels, const bfloat16* even, const bfloat16* odd, T* pairs, Index step, Index near) = nullptr;
 
+  Index passes(Index rows) const { return (rows + rows_at_once - 1) / rows_at_once; }
   explicit operator bool() const { return tile != nullptr; }
 };
 

@@ -15,10 +15,6 @@ struct MatrixTile {
   static constexpr int side = matrix_side, most = 2 * side;
   static constexpr int rows = 256;  // whose sums of a panel stay in a cache
 
-  static Index passes(Index count) { return (count + most - 1) / most; }
-  // What many tiles pass over, and the rows of one, stay in an L1; with two of them memory sets the pace.
-  static Index block_depth(Index count) { return passes(count) > 2 ? 128 : 512; }
-
   static void run(Index count, const TileArgs<float>& args) { run_sweeping(count, args, {}); }
   static void run_sweeping(Index count, const TileArgs<float>& args, const Neighbours& neighbours) {
     sweep(count, args, {line, count * line}, neighbours);

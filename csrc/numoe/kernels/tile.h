@@ -483,8 +483,6 @@ struct Tile {
   static void run_unpacked_dot(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
     unpacked_heights<Pairs<N>>(unpacked)[rows - 1](args, neighbours, last);
   }
-  static Index passes(Index) { return 1; }
-  static Index block_depth(Index) { return 512; }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
     broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
   }
