@@ -321,23 +321,23 @@ class RowMajorPairs {
  private:
   // From one panel to the next: an odd number of lines, or they would share a few sets of each cache.
   Index pitch(Index depth) const { return depth * W_ + Carry::line / static_cast<Index>(sizeof(T)); }
-  // Pairs [k, k + depth) of panels [j, j + count) → [depth][W], `pitch` apart
+  // Pairs [k, k + depth) of panels [j, j + count) → [depth][W], `pitch` apart.  Some rows at a time: as many streams as keep
+  // the memory busy.
   void pair_rows(Index j, Index count, Index k, Index depth, T* panels) const {
-    constexpr Index rows_ahead = 16;
+    constexpr Index rows_at_once = 16;
     const PairKernels<T>& kernel = kernels<T>().pairs;
-    const Index whole = std::min(count, cols_ / W_ - j), step = pitch(depth);
-    const Index near = rows_ahead * b_.stride * static_cast<Index>(sizeof(bfloat16));
-    for (Index i = 0; i < depth; ++i, panels += W_) {
-      const Index row = 2 * (k + i);
-      const bfloat16* even = b_.row(row) + col_ + j * W_;
-      const bfloat16* odd = row + 1 < b_.rows ? even + b_.stride : nullptr;
-      kernel.zip(whole, even, odd, panels, step, near);
+    const Index whole = std::min(count, cols_ / W_ - j), step = pitch(depth), end = std::min(2 * (k + depth), b_.rows);
+    const Index near = rows_at_once * b_.stride * static_cast<Index>(sizeof(bfloat16));
+    for (Index row = 2 * k; row < end; row += rows_at_once, panels += rows_at_once / 2 * W_) {
+      const Index rows = std::min(rows_at_once, end - row);
+      const bfloat16* b = b_.row(row) + col_ + j * W_;
+      kernel.zip(rows, whole, b, b_.stride, panels, step, near);
       if (whole == count) continue;
-      bfloat16 ends[2][max_tile_cols] = {};  // of the last columns, which do not fill a panel
-      const Index valid = cols_ - (j + whole) * W_;
-      std::copy_n(even + whole * W_, valid, ends[0]);
-      if (odd) std::copy_n(odd + whole * W_, valid, ends[1]);
-      kernel.zip(1, ends[0], ends[1], panels + whole * step, step, 0);
+      bfloat16 ends[rows_at_once * max_tile_cols] = {};  // of the last columns, which do not fill a panel
+      for (Index r = 0; r < rows; ++r) {
+        std::copy_n(b + r * b_.stride + whole * W_, cols_ - (j + whole) * W_, ends + r * W_);
+      }
+      kernel.zip(rows, 1, ends, W_, panels + whole * step, step, 0);
     }
   }
 

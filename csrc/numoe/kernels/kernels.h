@@ -113,9 +113,9 @@ struct PairKernels {
   void (*round)(Index n, T factor, const T* x, T* pairs) = nullptr;
   // pairs[j] = even_factor * even[j] and odd_factor * odd[j], rounded; an absent row counts as 0.
   void (*zip_rounded)(Index n, T even_factor, const T* even, T odd_factor, const T* odd, T* pairs) = nullptr;
-  // Pairs of what stands in one column of two rows; an absent row counts as 0.  Panel p, of W columns, starts at
-  // pairs + p * step; what lies `near` bytes beyond the rows is asked for.
-  void (*zip)(Index panels, const bfloat16* even, const bfloat16* odd, T* pairs, Index step, Index near) = nullptr;
+  // Rows of a matrix, `stride` numbers apart, two by two → pairs of what stands in one column, the last of odd `rows` paired
+  // with 0.  Panel p, [rows / 2][W], starts at pairs + p * step; what lies `near` bytes beyond the rows is asked for.
+  void (*zip)(Index rows, Index panels, const bfloat16* b, Index stride, T* pairs, Index step, Index near) = nullptr;
 
   Index passes(Index rows) const { return (rows + rows_at_once - 1) / rows_at_once; }
   explicit operator bool() const { return tile != nullptr; }

@@ -69,19 +69,20 @@ inline void zip_vectors(Lanes<std::uint16_t, 2 * N> even, Lanes<std::uint16_t, 2
   store(pairs + N, half(lanes, N));
 }
 
-// Pairs of what stands in one column of two rows: panel p starts at pairs + p * step.
+// Columns of two rows side by side, for some rows and panels: pairs of panel p start at pairs + p * step, [rows / 2][2N].
 template <int N>
-void zip(Index panels, const bfloat16* even, const bfloat16* odd, float* pairs, Index step, Index near) {
+void zip(Index rows, Index panels, const bfloat16* b, Index stride, float* pairs, Index step, Index near) {
   using Half = Lanes<std::uint16_t, 2 * N>;
-  for (Index p = 0; p < panels; ++p, even += 2 * N, pairs += step) {
-    __builtin_prefetch(reinterpret_cast<const char*>(even) + near, 0, 2);
-    Half right{};
-    if (odd) {
-      __builtin_prefetch(reinterpret_cast<const char*>(odd) + near, 0, 2);
-      right = load<Half>(odd);
-      odd += 2 * N;
+  for (Index p = 0; p < panels; ++p, b += 2 * N, pairs += step) {
+    const bfloat16* row = b;
+    float* target = pairs;
+    for (Index r = 0; r < rows; r += 2, row += 2 * stride, target += 2 * N) {
+      const bool odd = r + 1 < rows;
+      const bfloat16* const next = odd ? row + stride : row;
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + near, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(next) + near, 0, 2);
+      zip_vectors<N>(load<Half>(row), odd ? load<Half>(next) : Half{}, target);
     }
-    zip_vectors<N>(load<Half>(even), right, pairs);
   }
 }
 
