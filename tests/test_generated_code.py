@@ -91,7 +91,7 @@ def functions() -> tuple[Function, ...]:
 
 
 TILE = re.compile(
-    r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_|unpacked_)?tile(_bf16)?_of_height<(.*)>\("
+    r"numoe::\(anonymous namespace\)::(carrying_|sweeping_|broad_|unpacked_|zipping_)?tile(_bf16)?_of_height<(.*)>\("
 )
 REGISTERS = {  # and their bytes
     "avx512_bf16": ("zmm", 64),
@@ -107,7 +107,8 @@ WEIGHTS = (
     "bfloat16 rows while sweeping",
     *map("".join, itertools.product(("float32", "float64"), WAYS)),
 )
-DOTS = tuple("bfloat16 dots" + way for way in ("", *WAYS[3:]))
+ZIPPING = "bfloat16 dots that pair rows themselves"
+DOTS = (*("bfloat16 dots" + way for way in ("", *WAYS[3:])), ZIPPING)
 UNPACKED = tuple(numbers + WAYS[5] for numbers in ("float32", "float64", "bfloat16 dots"))
 IN_ROUNDS = ("float32", "float64", "bfloat16 dots", *UNPACKED)  # tiles that multiply several k's before they count
 TILES = [*itertools.product(REGISTERS, WEIGHTS), *itertools.product(["avx512_bf16"], DOTS)]
@@ -164,6 +165,8 @@ def tile_of(function: Function) -> Tile | None:
     numbers = "bfloat16" if bf16 else next((kind for mark, kind in NUMBERS.items() if mark in template), "float32")
     ways = {None: WAYS[0], "sweeping_": WAYS[3], "broad_": WAYS[4], "unpacked_": WAYS[5]}
     ways["carrying_"] = WAYS[2] if extra == "true" else WAYS[1]
+    if way == "zipping_":
+        return Tile(ZIPPING, int(arguments[-1]), 1, function)
     return Tile(numbers + ways[way], int(arguments[-1]), int(extra) if way == "broad_" else 1, function)
 
 
@@ -185,6 +188,8 @@ def test_every_tile_height_is_there(target: str, weights: str) -> None:
     rows = shape(target, weights)[0]
     if weights in UNPACKED:
         rows = min(rows, 7)
+    if weights == ZIPPING:
+        rows = min(rows, 8)
     panels = (2, 3, 4) if weights.endswith("side by side") else (1,)
     heights = [(height, p) for p in panels for height in range(1, rows // p + 1)]
     assert [(tile.height, tile.panels) for tile in tiles(target, weights)] == heights

@@ -298,6 +298,32 @@ class RowMajorPairs {
 
   // c = rows · panels [j, j + count)
   void multiply_paired(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+    const Index few = kernels<T>().pairs.zipping_rows,
+                height = rows.tiles.begin(range.end) - rows.tiles.begin(range.begin);
+    const Index whole = height <= few && b_.rows % 2 == 0 ? std::min(count, cols_ / W_ - j) : 0;
+    if (whole > 0) multiply_in_place(rows, range.begin, j, whole, c);
+    if (whole < count) multiply_zipped(rows, range, j + whole, count - whole, c + whole * height * W_);
+  }
+
+ private:
+  // A tile sweeps over some rows of the matrix from end to end and asks for the rows after these.
+  void multiply_in_place(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
+    constexpr Index pairs_at_once = 4;
+    const Index height = rows.tiles.height(tile);
+    const Neighbours neighbours{.panels = count, .b_step = W_, .c_step = height * W_};
+    TileArgs<T, bfloat16> args{.b_stride = b_.stride, .c = c, .c_stride = W_};
+    args.near = 2 * pairs_at_once * b_.stride * static_cast<Index>(sizeof(bfloat16));
+    for (Index k = 0; k < rows.depth; k += pairs_at_once) {
+      args.depth = std::min(pairs_at_once, rows.depth - k);
+      args.store = k == 0 ? Store::overwrite : Store::accumulate;
+      args.a = rows.tile(tile, k);
+      args.b = b_.row(2 * k) + col_ + j * W_;
+      kernels<T>().pairs.zipping_tile(height, args, neighbours);
+    }
+  }
+
+  // Tiles read pairs that were zipped before.
+  void multiply_zipped(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
     constexpr Index depth = 128;  // pairs
     const PairKernels<T>& kernel = kernels<T>().pairs;
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
@@ -318,7 +344,6 @@ class RowMajorPairs {
     }
   }
 
- private:
   // From one panel to the next: an odd number of lines, or they would share a few sets of each cache.
   Index pitch(Index depth) const { return depth * W_ + Carry::line / static_cast<Index>(sizeof(T)); }
   // Pairs [k, k + depth) of panels [j, j + count) → [depth][W], `pitch` apart.  Some rows at a time: as many streams as keep

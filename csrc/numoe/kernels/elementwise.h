@@ -229,6 +229,8 @@ constexpr Kernels<float> make_dot_kernels() {
                  .unpacked_rows = Tile<float, N, R>::unpacked_rows,
                  .unpacked_part = unpacked_part<float, N>,
                  .unpacked_tile = Tile<float, N, R>::run_unpacked_dot,
+                 .zipping_rows = most_zipping_rows,
+                 .zipping_tile = Tile<float, N, R>::run_zipping,
                  .round = round_pairs<N>,
                  .zip_rounded = zip_rounded<N>,
                  .zip = zip<N>};

@@ -108,6 +108,10 @@ struct PairKernels {
   Index unpacked_rows = 0, unpacked_part = 0;
   void (*unpacked_tile)(Index rows, const TileArgs<T>&, const Neighbours&, Index last) = nullptr;
 
+  // sweeping_tile that pairs the rows of a matrix itself, for a few rows of a; absent if zipping_rows are none.
+  Index zipping_rows = 0;
+  void (*zipping_tile)(Index rows, const TileArgs<T, bfloat16>&, const Neighbours&) = nullptr;
+
   // Rounding, to bfloat16 with subnormal numbers as 0: pairs[i] = factor * x[2i] and factor * x[2i + 1], the last of an odd
   // n paired with 0.  Possibly in place.
   void (*round)(Index n, T factor, const T* x, T* pairs) = nullptr;

@@ -57,17 +57,25 @@ void zip_rounded(Index n, float even_factor, const float* even, float odd_factor
   });
 }
 
-// even[j] and odd[j] as the halves of pairs[j], for 2N columns.
+// even[j] and odd[j] as the halves of a pair, for 2N columns.
 template <int N>
-inline void zip_vectors(Lanes<std::uint16_t, 2 * N> even, Lanes<std::uint16_t, 2 * N> odd, float* pairs) {
-  const auto half = [&]<std::size_t... I>(std::index_sequence<I...>, int first) {
-    if (first == 0) return __builtin_shufflevector(even, odd, static_cast<int>(I / 2 + I % 2 * 2 * N)...);
-    return __builtin_shufflevector(even, odd, static_cast<int>(N + I / 2 + I % 2 * 2 * N)...);
-  };
-  constexpr std::make_index_sequence<2 * N> lanes{};
-  store(pairs, half(lanes, 0));
-  store(pairs + N, half(lanes, N));
-}
+struct Zipped {
+  Lanes<float, N> left, right;
+
+  Zipped(Lanes<std::uint16_t, 2 * N> even, Lanes<std::uint16_t, 2 * N> odd) {
+    constexpr std::make_index_sequence<2 * N> lanes{};
+    left = half<0>(even, odd, lanes);
+    right = half<N>(even, odd, lanes);
+  }
+
+ private:
+  template <int first, std::size_t... I>
+  static Lanes<float, N> half(Lanes<std::uint16_t, 2 * N> even, Lanes<std::uint16_t, 2 * N> odd,
+                              std::index_sequence<I...>) {
+    return reinterpret<Lanes<float, N>>(
+        __builtin_shufflevector(even, odd, static_cast<int>(first + I / 2 + I % 2 * 2 * N)...));
+  }
+};
 
 // Columns of two rows side by side, for some rows and panels: pairs of panel p start at pairs + p * step, [rows / 2][2N].
 template <int N>
@@ -81,7 +89,9 @@ void zip(Index rows, Index panels, const bfloat16* b, Index stride, float* pairs
       const bfloat16* const next = odd ? row + stride : row;
       __builtin_prefetch(reinterpret_cast<const char*>(row) + near, 0, 2);
       __builtin_prefetch(reinterpret_cast<const char*>(next) + near, 0, 2);
-      zip_vectors<N>(load<Half>(row), odd ? load<Half>(next) : Half{}, target);
+      const Zipped<N> pair(load<Half>(row), odd ? load<Half>(next) : Half{});
+      store(target, pair.left);
+      store(target + N, pair.right);
     }
   }
 }

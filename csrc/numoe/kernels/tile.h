@@ -201,6 +201,29 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
   }
 }
 
+// Few, because pairing takes registers, and experts of more rows had better be paired once for all tiles.
+constexpr int most_zipping_rows = 8;
+template <int N, int R>
+void zipping_tile_of_height(const TileArgs<float, bfloat16>& args, const Neighbours& neighbours) {
+  using Half = Lanes<std::uint16_t, 2 * N>;
+  const bfloat16* panel = args.b;
+  float* c = args.c;
+  const Index stride = args.b_stride, near = args.near;
+  for (Index p = neighbours.panels; p > 0; --p, panel += neighbours.b_step, c += neighbours.c_step) {
+    const float* a = args.a;
+    const bfloat16* b = panel;
+    Accumulators<float, N, R> sums;
+    sums.start(c, args.c_stride, args.store);
+    for (Index k = args.depth; k > 0; --k, a += R, b += 2 * stride) {
+      ask_near<sizeof(Half)>(b, near);
+      ask_near<sizeof(Half)>(b + stride, near);
+      const Zipped<N> pair(load<Half>(b), load<Half>(b + stride));
+      sums.template multiply_add<Pairs<N>>(a, pair.left, pair.right);
+    }
+    sums.finish(c, args.c_stride, args.store);
+  }
+}
+
 // Rows that lie a power of two apart share the ways of one set of the L1, eight as a rule, of which the panel needs one.
 constexpr int most_unpacked_rows = 7;
 
@@ -483,6 +506,9 @@ struct Tile {
   static void run_unpacked_dot(Index rows, const TileArgs<T>& args, const Neighbours& neighbours, Index last) {
     unpacked_heights<Pairs<N>>(unpacked)[rows - 1](args, neighbours, last);
   }
+  static void run_zipping(Index rows, const TileArgs<float, bfloat16>& args, const Neighbours& neighbours) {
+    zipping_heights(std::make_integer_sequence<int, most_zipping_rows>{})[rows - 1](args, neighbours);
+  }
   static void run_broad(Index rows, const TileArgs<T>& args, const Neighbours& neighbours) {
     broad_heights<Numbers<T, N>>(neighbours.panels)[rows - 1](args, neighbours);
   }
@@ -523,6 +549,11 @@ struct Tile {
   template <class Elements, class B, int... H>
   static const NeighboursFunction<B>* sweeping_heights(std::integer_sequence<int, H...>) {
     static constexpr NeighboursFunction<B> table[] = {sweeping_tile_of_height<Elements, T, B, N, H + 1>...};
+    return table;
+  }
+  template <int... H>
+  static const NeighboursFunction<bfloat16>* zipping_heights(std::integer_sequence<int, H...>) {
+    static constexpr NeighboursFunction<bfloat16> table[] = {zipping_tile_of_height<N, H + 1>...};
     return table;
   }
   template <class Elements, int... H>
