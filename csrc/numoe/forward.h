@@ -77,7 +77,7 @@ class Forward : Pipeline<T> {
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);
     for (const MatrixView<T>& pre : {cache.gate, cache.up}) touch_pages(pre.data, pre.rows * pre.cols);
-    for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, D_ + F_)) {
+    for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, packed_size(D_) + packed_size(F_))) {
       const Index numbers = rows_of(range) * packed_size(F_);
       Workspace<T, 4> hidden(numbers);
       touch_pages(hidden.data(), numbers);

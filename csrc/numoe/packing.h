@@ -232,30 +232,34 @@ void pack_pairs(const T* const* rows, Index height, Index size, T* packed) {
   }
 }
 
-// Row tile [row, row + height) of a, rounded to bfloat16 → a tile's a.  For rows that lie together: x.
+// Rows [row, row + count) of a, `depth` numbers that lie together, rounded → `size` pairs each, padded with zeros, in this
+// task's scratch.
 template <class T>
-void pack_rounded_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
-  const Index size = row_size<T>(depth, true), pairs = (depth + 1) / 2;
-  T* rounded = scratch<T, 0>(height * size);
-  const T* rows[max_tile_rows];
-  for (Index r = 0; r < height; ++r, rounded += size) {
+void round_rows(const Operand<T>& a, Index row, Index count, Index depth, Index size, const T** rows) {
+  const Index pairs = (depth + 1) / 2;
+  T* rounded = scratch<T, 0>(count * size);
+  for (Index r = 0; r < count; ++r, rounded += size) {
     kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
     std::fill_n(rounded + pairs, size - pairs, T(0));
     rows[r] = rounded;
   }
+}
+
+// Row tile [row, row + height) of a, rounded to bfloat16 → a tile's a.
+template <class T>
+void pack_rounded_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {
+  const T* rows[max_tile_rows];
+  const Index size = row_size<T>(depth, true);
+  round_rows(a, row, height, depth, size, rows);
   pack_pairs(rows, height, size, packed);
 }
 
 // Rows [row, row + count) of a, count <= W, rounded → a panel [pairs][W] whose columns they are, padded with zeros.
 template <class T>
 void pack_rounded_panel(const Operand<T>& a, Index row, Index count, Index depth, T* packed) {
-  const Index size = (depth + 1) / 2;
-  T* rounded = scratch<T, 0>(count * size);
   const T* rows[max_tile_cols];
-  for (Index r = 0; r < count; ++r, rounded += size) {
-    kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
-    rows[r] = rounded;
-  }
+  const Index size = (depth + 1) / 2;
+  round_rows(a, row, count, depth, size, rows);
   kernels<T>().transpose(size, count, rows, packed, kernels<T>().tile_cols);
 }
 
