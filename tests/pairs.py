@@ -10,16 +10,12 @@ import ml_dtypes
 import numoe
 import numpy as np
 import numpy.typing as npt
-from numoe import _core
+from numoe.info import multiplies_pairs
 from numoe.reference.functions import activate, activate_slope, sigmoid
 
 Array = npt.NDArray[Any]
 
-USED = next(
-    target["bfloat16_pairs"]
-    for target in [*_core.targets(), *_core.emulated_targets()]
-    if target["name"] == _core.target()
-)
+USED = multiplies_pairs()
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,10 @@ def test_the_probe_refuses_what_it_cannot_measure(call, message):
 
 
 @pytest.mark.usefixtures("small_probe")
-def test_a_run_shows_every_product_and_keeps_it(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", [_core.target(), "emulated-avx2"])
+def test_a_run_shows_every_product_and_keeps_it(target, dtype, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_core, "target", lambda: target)
     monkeypatch.setattr(products, "ROWS", (1, 40))
     monkeypatch.setattr(products, "_DEPTH", 48)
     monkeypatch.setattr(products, "_COLS", 32)
@@ -54,7 +57,7 @@ def test_a_run_shows_every_product_and_keeps_it(monkeypatch, tmp_path, capsys):
     limits = Limits(peak=8.0, target_share=1.0, bandwidth=1.0)  # 2 operations for 4 bytes: 16 rows are as fast as both
     monkeypatch.setattr(products.Machine, "limits", lambda *_: limits)
     path = tmp_path / "run.json"
-    options = ["--layers", "tiny", "--tokens", "1", "--passes", "forward", "--seconds", "0.003"]
+    options = ["--dtype", dtype, "--layers", "tiny", "--tokens", "1", "--passes", "forward", "--seconds", "0.003"]
     assert main(["bench", *options, "--products", "--json", str(path)]) == 0
     rows = bench.load_run(path)["products"]
     assert [row["rows"] for row in rows] == [1, 40]
@@ -63,5 +66,7 @@ def test_a_run_shows_every_product_and_keeps_it(monkeypatch, tmp_path, capsys):
         assert list(row["products"]) == list(products.PRODUCTS)
         assert all(0 < share["median"] <= share["best"] for share in row["products"].values())
     lines = capsys.readouterr().out.splitlines()
+    shown = dtype if pairs.multiplies_pairs() else "float32"
+    assert any(line.startswith(f"bare products, {shown}, one thread") for line in lines)
     start = next(i for i, line in enumerate(lines) if line.startswith("bare products"))
     assert len(lines[start:]) >= 1 + len(products.PRODUCTS) + 2 + len(rows)

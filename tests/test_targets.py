@@ -90,6 +90,13 @@ def print_bits() -> None:
             print(name, key, hashlib.sha256(found[key].tobytes()).hexdigest()[:16])
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads who made the CPU")
+def test_dot_products_come_first_where_they_are_faster_than_float32() -> None:
+    names = [name for name in REAL if name in ("avx512", "avx512_bf16")]
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert names in ([], ["avx512", "avx512_bf16"] if intel else ["avx512_bf16", "avx512"])
+
+
 @pytest.mark.parametrize("value", ["", None])
 def test_the_best_real_target_is_the_default(value: str | None) -> None:
     environment = {name: text for name, text in os.environ.items() if name != "NUMOE_TARGET"}

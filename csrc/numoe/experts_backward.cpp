@@ -98,22 +98,19 @@ class Backward : Pipeline<Compute<S>> {
     });
   }
 
-  // How many k's a product over `numbers` has.
-  static Index depth_of(Index numbers) { return pairs ? (numbers + 1) / 2 : numbers; }
-
   // Where the panels of expert e's tokens, of `depth` k's each, start in a buffer for the experts of `range`.
   Index panels_start(const ExpertRange& range, Index e, Index depth) const {
     const auto before = [&](Index i) { return panels_before_[static_cast<std::size_t>(i)]; };
     return (before(e) - before(range.begin)) * W_ * depth;
   }
   TokenPanels<T> token_panels(const T* buffer, const ExpertRange& range, Index e, Index numbers) const {
-    const Index depth = depth_of(numbers);
+    const Index depth = depth_of(numbers, pairs);
     return {buffer + panels_start(range, e, depth), dispatch_.rows(e), depth};
   }
   // Packs `rows(e)` (one operand row per dispatched row, of so many numbers) as panels of tokens.
   template <class Rows>
   void pack_token_panels(const ExpertRange& range, Rows rows, Index numbers, T* packed) const {
-    const Index rows_per_task = 4 * W_, depth = depth_of(numbers);
+    const Index rows_per_task = 4 * W_, depth = depth_of(numbers, pairs);
     this->for_pieces(
         range, [&](Index e) { return (dispatch_.rows(e) + rows_per_task - 1) / rows_per_task; },
         [&](Index e, Index piece) {
@@ -137,7 +134,7 @@ class Backward : Pipeline<Compute<S>> {
 
   // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
   void down_backward(const ExpertRange& range, T* dh) {
-    Workspace<T, 13> dout(panels_start(range, range.end, depth_of(D_)));
+    Workspace<T, 13> dout(panels_start(range, range.end, depth_of(D_, pairs)));
     pack_token_panels(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = this->columns_per_task(D_, F_, this->most_rows(range));
     this->for_pieces(
@@ -268,7 +265,7 @@ class Backward : Pipeline<Compute<S>> {
 
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
   void up_backward(const ExpertRange& range, const T* dgate, const T* dup) {
-    const Index numbers = panels_start(range, range.end, depth_of(F_));
+    const Index numbers = panels_start(range, range.end, depth_of(F_, pairs));
     Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
     Workspace<T, 9> packed_dup(numbers);
     const auto rows = [&](const T* data) {

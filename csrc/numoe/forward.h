@@ -15,15 +15,15 @@ namespace numoe {
 template <class T, class S, bool in_pairs = false>
 class RowMajorWeights {
  public:
-  static constexpr bool pairs = in_pairs, in_rows = true;
-  using Columns = std::conditional_t<pairs, RowMajorPairs<T>, RowMajor<T, S>>;
+  static constexpr bool pairs = in_pairs, in_rows = true;  // in_rows: memory is fast only along them
+  using Source = std::conditional_t<pairs, RowMajorPairs<T>, RowMajor<T, S>>;
 
   explicit RowMajorWeights(const ExpertWeights<S>& weights) : w_(weights) {}
 
   bool glu() const { return w_.glu(); }
-  auto gate(Index e, Index col, Index cols) const { return Columns(w_.gate[e], col, cols); }
-  auto up(Index e, Index col, Index cols) const { return Columns(w_.up[e], col, cols); }
-  auto down(Index e, Index col, Index cols) const { return Columns(w_.down[e], col, cols); }
+  auto gate(Index e, Index col, Index cols) const { return Source(w_.gate[e], col, cols); }
+  auto up(Index e, Index col, Index cols) const { return Source(w_.up[e], col, cols); }
+  auto down(Index e, Index col, Index cols) const { return Source(w_.down[e], col, cols); }
 
  private:
   const ExpertWeights<S>& w_;
@@ -109,7 +109,7 @@ class Forward : Pipeline<T> {
   // Expert e's rows of `depth` numbers, in a buffer for the experts of `range`.
   PackedRows<T> packed_rows(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
     const Index size = packed_size(depth);
-    return {buffer + start(range, e, size), tiles(e), Weights::pairs ? (depth + 1) / 2 : depth, size};
+    return {buffer + start(range, e, size), tiles(e), depth_of(depth, Weights::pairs), size};
   }
 
   // The first matrix of a GLU is w_gate; plain MLP experts have w_up alone.

@@ -21,7 +21,7 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
 template <class T>
 RowTiles tiles_of_gradient(Index rows, bool pairs) {
   constexpr Index most = 128;
-  return {rows, pairs ? std::min(most, kernels<T>().pairs.tile_rows) : kernels<T>().tile_rows};
+  return {rows, std::min(most, tile_rows<T>(pairs))};
 }
 inline Index tiles_of_a_task(const RowTiles& tiles) {
   constexpr Index high = 64;

@@ -214,12 +214,18 @@ class Workspace {
 
 // ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// How many T's a packed row of `depth` numbers is: one for each, or one for each pair, padded as tiles of pairs want them.
+// Rows of a tile of numbers, or of pairs.
 template <class T>
-Index row_size(Index depth, bool pairs) {
-  if (!pairs) return depth;
-  const Index count = (depth + 1) / 2, together = kernels<T>().pairs.together;
-  return (count + together - 1) / together * together;
+Index tile_rows(bool pairs) {
+  return pairs ? kernels<T>().pairs.tile_rows : kernels<T>().tile_rows;
+}
+// How many k's a product over so many numbers has.
+inline Index depth_of(Index numbers, bool pairs) { return pairs ? (numbers + 1) / 2 : numbers; }
+// How many T's a packed row of so many numbers is: one for each k, and padding where tiles of pairs want it.
+template <class T>
+Index row_size(Index numbers, bool pairs) {
+  const Index depth = depth_of(numbers, pairs), together = pairs ? kernels<T>().pairs.together : 1;
+  return (depth + together - 1) / together * together;
 }
 
 // Rows of `size` pairs → a tile's a, all of them or columns of it.
@@ -236,7 +242,7 @@ void pack_pairs(const T* const* rows, Index height, Index size, T* packed) {
 // task's scratch.
 template <class T>
 void round_rows(const Operand<T>& a, Index row, Index count, Index depth, Index size, const T** rows) {
-  const Index pairs = (depth + 1) / 2;
+  const Index pairs = depth_of(depth, true);
   T* rounded = scratch<T, 0>(count * size);
   for (Index r = 0; r < count; ++r, rounded += size) {
     kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
@@ -258,7 +264,7 @@ void pack_rounded_tile(const Operand<T>& a, Index row, Index height, Index depth
 template <class T>
 void pack_rounded_panel(const Operand<T>& a, Index row, Index count, Index depth, T* packed) {
   const T* rows[max_tile_cols];
-  const Index size = (depth + 1) / 2;
+  const Index size = depth_of(depth, true);
   round_rows(a, row, count, depth, size, rows);
   kernels<T>().transpose(size, count, rows, packed, kernels<T>().tile_cols);
 }
@@ -276,7 +282,7 @@ void zip_rows(const Operand<T>& a, Index rows, Index col, Index cols, T* packed,
 // The same columns → panels [size][W] of row_size(rows) pairs, padded with zeros.
 template <class T>
 void pack_zipped_panels(const Operand<T>& a, Index rows, Index col, Index cols, T* packed) {
-  const Index width = kernels<T>().tile_cols, pairs = (rows + 1) / 2, size = row_size<T>(rows, true);
+  const Index width = kernels<T>().tile_cols, pairs = depth_of(rows, true), size = row_size<T>(rows, true);
   for (Index j = 0; j < cols; j += width, packed += size * width) {
     const Index valid = std::min(width, cols - j);
     if (valid < width) std::fill_n(packed, pairs * width, T(0));
@@ -288,7 +294,7 @@ void pack_zipped_panels(const Operand<T>& a, Index rows, Index col, Index cols, 
 // The same columns, those of the tiles of `range`, as rows of these tiles.
 template <class T>
 void pack_zipped_tiles(const Operand<T>& a, Index rows, const RowTiles& tiles, TileRange range, T* packed) {
-  const Index together = kernels<T>().pairs.together, pairs = (rows + 1) / 2, size = row_size<T>(rows, true);
+  const Index together = kernels<T>().pairs.together, pairs = depth_of(rows, true), size = row_size<T>(rows, true);
   const Index first = tiles.begin(range.begin), cols = tiles.begin(range.end) - first;
   T* const zipped = scratch<T, 2>(size * cols);
   zip_rows(a, rows, first, cols, zipped, cols);

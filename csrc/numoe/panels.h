@@ -122,7 +122,7 @@ class PackedPanels {
   // ahead.)
   Index panels_beside(Index rows) const {
     if (pairs_ && !kernels<T>().pairs.broad_tile) return 1;
-    return std::clamp<Index>((kernels<T>().tile_rows - 1) / rows, 1, habits().streams);
+    return std::clamp<Index>((tile_rows<T>(pairs_) - 1) / rows, 1, habits().streams);
   }
   // Whether it pays to put the sums aside every few k's.  No tile does so with narrow numbers or with pairs.
   bool takes_turns() const {

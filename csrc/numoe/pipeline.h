@@ -75,7 +75,7 @@ class Pipeline {
   }
 
  protected:
-  RowTiles tiles(Index e) const { return {dispatch_.rows(e), pairs_ ? kernel_.pairs.tile_rows : kernel_.tile_rows}; }
+  RowTiles tiles(Index e) const { return {dispatch_.rows(e), tile_rows<T>(pairs_)}; }
   Index packed_size(Index depth) const { return row_size<T>(depth, pairs_); }  // of a row
   const std::int32_t* tokens(Index e) const { return dispatch_.row_token.data() + dispatch_.begin(e); }
   const T* weights_of_rows(Index e) const {

@@ -30,19 +30,15 @@ ProductProbe::ProductProbe(Product product, bool pairs, Index rows, Index depth,
       cols_(cols),
       count_(count),
       matrices_(numbers(count * size_of_matrix())),
-      left_(numbers(product == Product::transposed ? padded(rows) * depth_of(cols)
+      left_(numbers(product == Product::transposed ? padded(rows) * depth_of(cols, pairs)
                     : product == Product::outer    ? rows * depth
                                                    : rows * row_size<float>(depth, pairs))),
       right_(numbers(product == Product::outer ? row_size<float>(rows, pairs) * padded(cols) : 0)) {}
 
-RowTiles ProductProbe::tiles() const {
-  return {rows_, pairs_ ? kernels<float>().pairs.tile_rows : kernels<float>().tile_rows};
-}
-
-Index ProductProbe::depth_of(Index numbers_of_k) const { return pairs_ ? (numbers_of_k + 1) / 2 : numbers_of_k; }
+RowTiles ProductProbe::tiles() const { return {rows_, tile_rows<float>(pairs_)}; }
 
 Index ProductProbe::size_of_matrix() const {
-  if (product_ == Product::packed) return depth_of(depth_) * padded(cols_);
+  if (product_ == Product::packed) return depth_of(depth_, pairs_) * padded(cols_);
   return pairs_ && product_ != Product::outer ? (depth_ * cols_ + 1) / 2 : depth_ * cols_;
 }
 
@@ -77,7 +73,7 @@ void ProductProbe::multiply(float* matrix) {
 }
 
 void ProductProbe::multiply_packed(const float* matrix) const {
-  const Index depth = depth_of(depth_);
+  const Index depth = depth_of(depth_, pairs_);
   const PackedRows<float> rows{left_.data(), tiles(), depth, row_size<float>(depth_, pairs_)};
   const float* const end = matrices_.data() + matrices_.size();
   const PackedPanels<float, float> panels{matrix, depth * width(), num_panels(cols_, width()), end, true, pairs_};
@@ -85,13 +81,13 @@ void ProductProbe::multiply_packed(const float* matrix) const {
 }
 
 void ProductProbe::multiply_row_major(const float* matrix) const {
-  const PackedRows<float> rows{left_.data(), tiles(), depth_of(depth_), row_size<float>(depth_, pairs_)};
+  const PackedRows<float> rows{left_.data(), tiles(), depth_of(depth_, pairs_), row_size<float>(depth_, pairs_)};
   if (pairs_) return for_panels(rows, RowMajorPairs<float>(narrow(matrix), 0, cols_), cols_, nobody_uses);
   for_panels(rows, RowMajor<float, float>({matrix, depth_, cols_, cols_}, 0, cols_), cols_, nobody_uses);
 }
 
 void ProductProbe::multiply_transposed(const float* matrix) const {
-  const TokenPanels<float> rows{left_.data(), rows_, depth_of(cols_)};
+  const TokenPanels<float> rows{left_.data(), rows_, depth_of(cols_, pairs_)};
   if (pairs_) return for_transposed({TransposedTerm<float, bfloat16, true>{rows, narrow(matrix)}}, nobody_uses);
   for_transposed({TransposedTerm<float, float, false>{rows, {matrix, depth_, cols_, cols_}}}, nobody_uses);
 }

@@ -30,9 +30,8 @@ class ProductProbe {
   void multiply_transposed(const float* matrix) const;
   void multiply_outer(float* matrix) const;
 
-  RowTiles tiles() const;               // of the rows
-  Index size_of_matrix() const;         // floats
-  Index depth_of(Index numbers) const;  // k's: numbers, or pairs of them
+  RowTiles tiles() const;        // of the rows
+  Index size_of_matrix() const;  // floats
   MatrixView<const bfloat16> narrow(const float* matrix) const;
 
   Product product_;

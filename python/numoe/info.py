@@ -74,10 +74,14 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _bfloat16_pairs() -> str:
-    """Whether bfloat16 layers are multiplied in pairs, with both factors rounded."""
+def multiplies_pairs() -> bool:
+    """Whether the target in use multiplies bfloat16 layers in pairs, with both factors rounded."""
     targets = [*_core.targets(), *_core.emulated_targets()]
-    if next(target["bfloat16_pairs"] for target in targets if target["name"] == _core.target()):
+    return next(bool(target["bfloat16_pairs"]) for target in targets if target["name"] == _core.target())
+
+
+def _bfloat16_pairs() -> str:
+    if multiplies_pairs():
         return "multiplied by this target"
     here = any(target["bfloat16_pairs"] and target["supported"] for target in _core.targets())
     return "not multiplied by this target" if here else "not on this CPU"

@@ -152,7 +152,7 @@ void test_what_is_no_number_is_passed_on(Kernel& kernel) {
   CHECK(std::isnan(product(kernel, nan, pair(0, 0), pair(0, 0))));
 }
 
-// c of a tile, or of panels side by side, behind which there is nothing but NaN.
+// c of a tile, or of panels side by side.
 std::vector<float> tile_of(Kernel& kernel, Index height, Index depth, Index panels, numoe::Store store,
                            const std::vector<float>& a, const std::vector<float>& b, float before) {
   const Index width = kernel.tile_cols;

@@ -52,8 +52,9 @@ std::span<const KernelTable* const> kernel_tables() {
 #if defined(NUMOE_X86)
   static const auto by_speed = [] {
     auto tables = std::to_array(known);
-    if (is_intel())
+    if (is_intel()) {
       std::swap(*std::ranges::find(tables, &avx512_bf16_table), *std::ranges::find(tables, &avx512_table));
+    }
     return tables;
   }();
   return by_speed;

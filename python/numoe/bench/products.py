@@ -13,6 +13,7 @@ import numpy as np
 from numoe import _core
 from numoe.bench.machine import DRAM_SIZE, Machine
 from numoe.bench.report import Row
+from numoe.info import multiplies_pairs
 
 PRODUCTS = {
     "packed": "rows · panels of a packed matrix",
@@ -30,8 +31,7 @@ def print_products(dtype: str, seconds: float, result: Row) -> None:
 
     Of bfloat16 numbers if the run is about them and the target multiplies them.
     """
-    target = next(target for target in _core.targets() if target["name"] == _core.target())
-    machine = Machine("bfloat16" if dtype == "bfloat16" and target["bfloat16_pairs"] else "float32", 1)
+    machine = Machine("bfloat16" if dtype == "bfloat16" and multiplies_pairs() else "float32", 1)
     rows = result["products"] = []
     for line in heading(machine.dtype):
         print(line, flush=True)
