@@ -63,7 +63,7 @@ def test_a_run_shows_every_product_and_keeps_it(target, dtype, monkeypatch, tmp_
     assert [row["rows"] for row in rows] == [1, 40]
     assert [row["bound"] for row in rows] == ["memory", "compute"]
     for row in rows:
-        assert list(row["products"]) == list(products.PRODUCTS)
+        assert list(row["products"]) == [*products.PRODUCTS, products.IN_L1]
         assert all(0 < share["median"] <= share["best"] for share in row["products"].values())
     lines = capsys.readouterr().out.splitlines()
     shown = dtype if pairs.multiplies_pairs() else "float32"
