@@ -12,6 +12,16 @@ foreach(entry IN LISTS entries)
   file(CREATE_LINK ${CMAKE_SOURCE_DIR}/python/numoe/${entry} ${stage}/${entry} SYMBOLIC)
 endforeach()
 set_target_properties(_core PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${stage})
+
+# An editable install comes before every path, and what it has is not sanitized: false races, no bad memory found.
+execute_process(
+  COMMAND ${CMAKE_COMMAND} -E env PYTHONPATH=${CMAKE_BINARY_DIR}/python
+          ${Python_EXECUTABLE} -c "import importlib.util as u; print(u.find_spec('numoe').origin)"
+  OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+if(NOT found STREQUAL ${stage}/__init__.py)
+  message(FATAL_ERROR "${Python_EXECUTABLE} finds numoe in ${found}, which is not sanitized, instead of ${stage}: "
+                      "'pip uninstall numoe' there, or use an environment without it")
+endif()
 target_compile_options(_core PRIVATE -O1 -g1)  # the bindings: half the compile time
 
 if(NUMOE_SANITIZE MATCHES "thread")

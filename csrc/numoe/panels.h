@@ -89,7 +89,7 @@ class PackedPanels {
   // for their sums, or in turns.
   Index panels_at_once(Index tiles, Index rows) const {
     if (!few(tiles)) return 1;
-    const Index beside = panels_beside(rows), turns = takes_turns() ? max_side_by_side : 1;
+    const Index beside = panels_beside(rows), turns = takes_turns(rows) ? max_side_by_side : 1;
     return std::min(count_, beside > 1 ? beside : turns);
   }
   Stage stage() const { return {}; }
@@ -124,9 +124,11 @@ class PackedPanels {
     if (pairs_ && !kernels<T>().pairs.broad_tile) return 1;
     return std::clamp<Index>((tile_rows<T>(pairs_) - 1) / rows, 1, habits().streams);
   }
-  // Whether it pays to put the sums aside every few k's.  No tile does so with narrow numbers or with pairs.
-  bool takes_turns() const {
-    return from_memory_ && std::is_same_v<S, T> && !pairs_ && kernels<T>().few_lines_of_sums();
+  // Whether it pays to put the sums aside every few k's: while memory sets the pace (measured on Zen 3).  No tile does so
+  // with narrow numbers or with pairs.
+  bool takes_turns(Index rows) const {
+    constexpr Index most_rows = 9;
+    return from_memory_ && std::is_same_v<S, T> && !pairs_ && rows <= most_rows && kernels<T>().few_lines_of_sums();
   }
 
   void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
@@ -177,8 +179,8 @@ class PackedPanels {
 // Columns [col, col + cols) of a row-major matrix.  S: its type; T: that of the arithmetic.
 //
 // Memory is fast only along rows.  So some rows are walked through several panels before the next ones come, and the sums
-// of these panels wait in c.  Few tiles read the matrix where it is, more of them from a stage: wide blocks while memory
-// sets the pace, deep ones, which read and write the sums less often, for many tiles.  High tiles do so much with a line
+// of these panels wait in c.  Few tiles read the matrix where it is, more of them from a stage: broad blocks while memory
+// sets the pace, deep ones, which read and write the sums less often, for many rows.  High tiles do so much with a line
 // that it hardly matters where it comes from: more of them count as few.
 template <class T, class S>
 class RowMajor {
@@ -191,12 +193,15 @@ class RowMajor {
   static bool in_place(Index tiles) { return tiles <= (kernels<T>().tile_rows > low ? habits().tiles_on_matrices : 2); }
   Index panels_at_once(Index tiles, Index rows) const {
     if (in_place(tiles)) return std::clamp<Index>(cache / (rows * W_ * static_cast<Index>(sizeof(T))), 1, count());
-    return std::min(count(), (many(tiles) ? deep : wide) / (W_ * static_cast<Index>(sizeof(T))));
+    return std::min(count(), width_of_block(rows) / (W_ * static_cast<Index>(sizeof(T))));
   }
-  Index depth_of_block(Index tiles) const { return many(tiles) ? deep_depth : wide_depth; }
+  Index depth_of_block(Index rows) const { return block_bytes / width_of_block(rows); }
   Stage stage() const {
-    constexpr Index number = sizeof(T);
-    return Stage(std::max(wide_depth * Stage::pitch(wide / number), deep_depth * Stage::pitch(deep / number)));
+    Index size = 0;
+    for (const Index width : {deep, wide, broad}) {
+      size = std::max(size, block_bytes / width * Stage::pitch(width / static_cast<Index>(sizeof(T))));
+    }
+    return Stage(size);
   }
 
   // Rows [k, k + depth) of panels [j, j + count).
@@ -252,8 +257,9 @@ class RowMajor {
   static constexpr Index low = 6;  // rows of a tile
   // Bytes for the sums of matrices in place, and as many for the part over which one sweep passes.
   static constexpr Index cache = Index{256} << 10;
-  static constexpr Index wide = 1024, wide_depth = 128, deep = 256, deep_depth = 512;  // bytes of panels' rows, rows
-  static bool many(Index tiles) { return tiles * kernels<T>().tile_rows > 168; }
+  // Bytes of a staged block, and of its rows as panels'.
+  static constexpr Index block_bytes = Index{128} << 10, deep = 256, wide = 1024, broad = 4096;
+  static Index width_of_block(Index rows) { return rows > 168 ? deep : rows > 28 ? wide : broad; }
 
   // Rows of the matrix over which a tile of `height` rows sweeps.  Low tiles wait for memory: few enough not to collide in
   // a cache whose sets repeat every 4 KB, and streams enough to keep the memory busy.  High tiles compute meanwhile: many,
@@ -433,9 +439,9 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
                      Panels<Source> next, T* c) {
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin);
-  const Index size = (rows.tiles.begin(range.end) - first) * kernel.tile_cols;
+  const Index height = rows.tiles.begin(range.end) - first, size = height * kernel.tile_cols;
   TileArgs<T> args{.c_stride = kernel.tile_cols};
-  BlockOfPanels<Source> now{panels, panels.source->depth_of_block(range.count())};
+  BlockOfPanels<Source> now{panels, panels.source->depth_of_block(height)};
   do {
     const BlockOfPanels<Source> coming = now.after(rows.depth, next);
     const auto* staged = stage.take(now.rows());
@@ -445,10 +451,9 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
     for (Index p = 0; p < panels.count; ++p) {
       panels.source->set_panel(args, staged, panels.count, p);
       for (Index i = range.begin; i < range.end; ++i) {
-        const Index height = rows.tiles.height(i);
         args.a = rows.tile(i, now.k);
         args.c = c + p * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
-        kernel.carrying_tile(height, args, stage.next_share());
+        kernel.carrying_tile(rows.tiles.height(i), args, stage.next_share());
       }
     }
     now = coming;
