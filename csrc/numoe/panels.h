@@ -63,7 +63,8 @@ Panels<Source> panels_after(const Source& source, Index j, Index at_once, bool a
 
 // Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  `from_memory`: no cache keeps
 // the panels.  `pairs`: they and the rows consist of bfloat16 pairs.  Otherwise bfloat16 panels, [depth/2][W][2], are widened
-// in registers for few tiles, once per block for more, because widening twice costs less than a pass through the cache.
+// in registers for some tiles; for more once per block, which costs as much as three rows, because the instructions in
+// their loops do cost where two threads share a core.
 template <class T, class S>
 class PackedPanels {
  public:
@@ -79,7 +80,7 @@ class PackedPanels {
     if constexpr (std::is_same_v<S, T>) {
       return {panel, nullptr};
     } else {
-      if (few(tiles)) return {nullptr, panel};
+      if (tiles <= tiles_that_widen) return {nullptr, panel};
       T* wide = scratch<T, 0>(numoe::block_depth * W_);
       kernels<T>().widen_panel(depth, panel, wide);
       return {wide, nullptr};
@@ -117,12 +118,15 @@ class PackedPanels {
   }
 
  private:
+  static constexpr Index tiles_that_widen = 6;  // a panel, each for itself
+
   Index passes(Index rows) const { return pairs_ ? kernels<T>().pairs.passes(rows) : 1; }  // of a tile over its panel
   // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
   // ahead.)
   Index panels_beside(Index rows) const {
-    if (pairs_ && !kernels<T>().pairs.broad_tile) return 1;
-    return std::clamp<Index>((tile_rows<T>(pairs_) - 1) / rows, 1, habits().streams);
+    const Index most_rows = tile_rows<T>(pairs_);
+    if (2 * rows >= most_rows || (pairs_ && !kernels<T>().pairs.broad_tile)) return 1;
+    return std::min(most_rows / rows, habits().streams);
   }
   // Whether it pays to put the sums aside every few k's: while memory sets the pace (measured on Zen 3).  No tile does so
   // with narrow numbers or with pairs.
