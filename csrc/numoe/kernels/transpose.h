@@ -11,12 +11,12 @@ namespace {
 
 // 16 bytes of each of N / G rows, side by side: G numbers of row 0, then of row G, 2G, ...  (inserts, no shuffles)
 template <class T, int N, int G>
-inline Lanes<T, N> load_pieces(const T* row, Index pitch) {
+inline Lanes<T, N> load_pieces(const T* const* row, Index k) {
   if constexpr (N == G) {
-    return load<Lanes<T, N>>(row);
+    return load<Lanes<T, N>>(*row + k);
   } else {
-    const auto low = load_pieces<T, N / 2, G>(row, pitch);
-    const auto high = load_pieces<T, N / 2, G>(row + N / 2 * pitch, pitch);
+    const auto low = load_pieces<T, N / 2, G>(row, k);
+    const auto high = load_pieces<T, N / 2, G>(row + N / 2, k);
     return [&]<std::size_t... I>(std::index_sequence<I...>) {
       return __builtin_shufflevector(low, high, static_cast<int>(I)...);
     }(std::make_index_sequence<N>{});
@@ -62,40 +62,41 @@ inline void copy_numbers(const T* source, Index n, T* target) {
   for (; i < n; ++i) target[i] = source[i];
 }
 
-// The first `rows` <= N of packed[k * stride + r] = a[r * pitch + k].  While there is room before `end`, N numbers are
-// written at each k; those beyond `rows` are written again by the next k.  N rows of `a` are read.
+// packed[k * stride + r] = row[r][k] for r < rows <= N.  While there is room before `end`, N numbers are written at each k;
+// those beyond `rows` are written again by the next k.
 template <class T, int N>
-[[gnu::always_inline]] inline void transpose_lines(Index depth, Index rows, const T* a, Index pitch, T* packed,
-                                                   Index stride, const T* end) {
+inline void transpose_lines(Index depth, Index rows, const T* const* row, T* packed, Index stride, const T* end) {
   constexpr int G = 16 / sizeof(T);
-  constexpr Index ahead = 256 / sizeof(T);
+  const T* line[N];
+#pragma GCC unroll 16
+  for (int r = 0; r < N; ++r) line[r] = row[r < rows ? r : 0];
   Index k = 0;
   for (; k + G <= depth && packed + (G - 1) * stride + N <= end; k += G, packed += G * stride) {
     Lanes<T, N> v[G];
 #pragma GCC unroll 4
-    for (int i = 0; i < G; ++i) {
-      __builtin_prefetch(a + (k / G % 4 * G + i) * pitch + k + ahead);
-      v[i] = load_pieces<T, N, G>(a + i * pitch + k, pitch);
-    }
+    for (int i = 0; i < G; ++i) v[i] = load_pieces<T, N, G>(line + i, k);
     transpose_groups<T, N, G>(v);
 #pragma GCC unroll 4
     for (int i = 0; i < G; ++i) store(packed + i * stride, v[i]);
   }
   for (; k < depth; ++k, packed += stride) {
-    for (Index r = 0; r < rows; ++r) packed[r] = a[r * pitch + k];
+    for (Index r = 0; r < rows; ++r) packed[r] = line[r][k];
   }
 }
 
-// The same for rows anywhere.  Some lines of every row are copied side by side first: rows a power of two apart share a
-// set of the cache, and would push each other out while they are read 16 bytes at a time.
+// The same.  Some lines of long rows are copied side by side first: rows a power of two apart share a set of the cache, and
+// would push each other out while they are read 16 bytes at a time.
 template <class T, int N>
 inline void transpose_band(Index depth, Index rows, const T* const* row, T* packed, Index stride, const T* end) {
   constexpr int chunk = 256 / sizeof(T), pitch = chunk + N;
+  if (depth <= 2 * N) return transpose_lines<T, N>(depth, rows, row, packed, stride, end);
   alignas(64) T lines[N * pitch];
+  const T* line[N];
+  for (int r = 0; r < N; ++r) line[r] = lines + r * pitch;
   for (Index first = 0; first < depth; first += chunk, packed += chunk * stride) {
     const Index n = depth - first < chunk ? depth - first : chunk;
     for (Index r = 0; r < rows; ++r) copy_numbers<T, N>(row[r] + first, n, lines + r * pitch);
-    transpose_lines<T, N>(n, rows, lines, pitch, packed, stride, end);
+    transpose_lines<T, N>(n, rows, line, packed, stride, end);
   }
 }
 
