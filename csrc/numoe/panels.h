@@ -121,11 +121,12 @@ class PackedPanels {
   static constexpr Index tiles_that_widen = 6;  // a panel, each for itself
 
   Index passes(Index rows) const { return pairs_ ? kernels<T>().pairs.passes(rows) : 1; }  // of a tile over its panel
-  // Several panels, if a tile has registers to spare for their sums.  (Half a tile's rows gain more from a tile that asks
-  // ahead.)
+  // Several panels, if a tile has registers for their sums.  Half a tile's rows gain more from a tile that asks ahead, but
+  // not from turns.
   Index panels_beside(Index rows) const {
     const Index most_rows = tile_rows<T>(pairs_);
-    if (2 * rows >= most_rows || (pairs_ && !kernels<T>().pairs.broad_tile)) return 1;
+    if (pairs_ && !kernels<T>().pairs.broad_tile) return 1;
+    if (2 * rows > most_rows || (2 * rows == most_rows && !takes_turns(rows))) return 1;
     return std::min(most_rows / rows, habits().streams);
   }
   // Whether it pays to put the sums aside every few k's: while memory sets the pace (measured on Zen 3).  No tile does so
