@@ -19,9 +19,6 @@ constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels wit
 
 constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line comes from a busy memory
 
-// With few tiles per panel a product waits for memory: whatever touches the panel once more costs more than it saves.
-inline bool few(Index tiles) { return tiles <= 2; }
-
 // Rows of a left operand, packed: tile i is as the kernels want it, from data + begin(i) * size, and so are its k's from
 // each block's first on.  With pairs of bfloat16, `depth` counts them.
 template <class T>
@@ -63,8 +60,8 @@ Panels<Source> panels_after(const Source& source, Index j, Index at_once, bool a
 
 // Panel j < count starts at data + j * step; before `end`, what follows a panel is read next.  `from_memory`: no cache keeps
 // the panels.  `pairs`: they and the rows consist of bfloat16 pairs.  Otherwise bfloat16 panels, [depth/2][W][2], are widened
-// in registers for some tiles; for more once per block, which costs as much as three rows, because the instructions in
-// their loops do cost where two threads share a core.
+// in registers for some tiles (1.1-1.2 times as fast there, Zen 3); for more once per block, which costs as much as three
+// rows and spares their loops the instructions.
 template <class T, class S>
 class PackedPanels {
  public:
@@ -88,10 +85,9 @@ class PackedPanels {
   }
   // Few rows read several panels at once, because memory is faster that way: side by side, if a tile has registers to spare
   // for their sums, or in turns.
-  Index panels_at_once(Index tiles, Index rows) const {
-    if (!few(tiles)) return 1;
-    const Index beside = panels_beside(rows), turns = takes_turns(rows) ? max_side_by_side : 1;
-    return std::min(count_, beside > 1 ? beside : turns);
+  Index panels_at_once(Index, Index rows) const {
+    const Index beside = panels_beside(rows);
+    return std::min(count_, beside == 1 && takes_turns(rows) ? max_side_by_side : beside);
   }
   Stage stage() const { return {}; }
 
@@ -132,8 +128,8 @@ class PackedPanels {
   // Whether it pays to put the sums aside every few k's: while memory sets the pace (measured on Zen 3).  No tile does so
   // with narrow numbers or with pairs.
   bool takes_turns(Index rows) const {
-    constexpr Index most_rows = 9;
-    return from_memory_ && std::is_same_v<S, T> && !pairs_ && rows <= most_rows && kernels<T>().few_lines_of_sums();
+    constexpr Index few_rows = 9;
+    return from_memory_ && std::is_same_v<S, T> && !pairs_ && rows <= few_rows && kernels<T>().few_lines_of_sums();
   }
 
   void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
