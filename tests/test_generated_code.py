@@ -99,7 +99,8 @@ REGISTERS = {  # and their bytes
     "avx2": ("ymm", 32),
     "portable": ("xmm", 16),
 }
-WAYS = ("", " while carrying", " while streaming", " while sweeping", " side by side", " on unpacked rows")
+ROUTES = (" while carrying", " while carrying through the L1", " while streaming")  # the order of numoe::Route
+WAYS = ("", *ROUTES, " while sweeping", " side by side", " on unpacked rows")
 NUMBERS = {"Pairs<": "bfloat16 dots", "bfloat16": "bfloat16 rows", "double": "float64"}  # by template arguments
 WEIGHTS = (
     "bfloat16",
@@ -108,8 +109,8 @@ WEIGHTS = (
     *map("".join, itertools.product(("float32", "float64"), WAYS)),
 )
 ZIPPING = "bfloat16 dots that pair rows themselves"
-DOTS = (*("bfloat16 dots" + way for way in ("", *WAYS[3:])), ZIPPING)
-UNPACKED = tuple(numbers + WAYS[5] for numbers in ("float32", "float64", "bfloat16 dots"))
+DOTS = (*("bfloat16 dots" + way for way in ("", ROUTES[1], *WAYS[4:])), ZIPPING)
+UNPACKED = tuple(numbers + WAYS[6] for numbers in ("float32", "float64", "bfloat16 dots"))
 IN_ROUNDS = ("float32", "float64", "bfloat16 dots", *UNPACKED)  # tiles that multiply several k's before they count
 TILES = [*itertools.product(REGISTERS, WEIGHTS), *itertools.product(["avx512_bf16"], DOTS)]
 
@@ -160,14 +161,15 @@ def tile_of(function: Function) -> Tile | None:
     if match is None:
         return None
     way, bf16, template = match.groups()
-    arguments = template.split(", ")  # the height is the last one, before panels side by side, or "past the caches"
-    extra = arguments.pop() if way in ("broad_", "carrying_") else ""
+    arguments = template.split(", ")  # the height is the last one, before panels side by side
+    panels = int(arguments.pop()) if way == "broad_" else 1
     numbers = "bfloat16" if bf16 else next((kind for mark, kind in NUMBERS.items() if mark in template), "float32")
-    ways = {None: WAYS[0], "sweeping_": WAYS[3], "broad_": WAYS[4], "unpacked_": WAYS[5]}
-    ways["carrying_"] = WAYS[2] if extra == "true" else WAYS[1]
+    ways = {None: WAYS[0], "sweeping_": WAYS[4], "broad_": WAYS[5], "unpacked_": WAYS[6]}
+    if route := re.search(r"\(numoe::Route\)(\d)", template):
+        ways["carrying_"] = ROUTES[int(route[1])]
     if way == "zipping_":
         return Tile(ZIPPING, int(arguments[-1]), 1, function)
-    return Tile(numbers + ways[way], int(arguments[-1]), int(extra) if way == "broad_" else 1, function)
+    return Tile(numbers + ways[way], int(arguments[-1]), panels, function)
 
 
 def tiles(target: str, weights: str) -> list[Tile]:
@@ -208,7 +210,7 @@ def test_hot_loops_multiply_in_whole_registers_and_nothing_twice(target: str, we
         multiply = "vdpbf16ps"
     for tile in tiles(target, weights):
         name = tile.function.name
-        parts = [columns] * (2 if weights.endswith(WAYS[1:3]) else 1)
+        parts = [columns] * (2 if weights.endswith(ROUTES) else 1)
         if weights in UNPACKED:
             parts = [1, 1, 2, 2] if register == "zmm" else [1, 2]  # a half, one, one and a half, two
         if target != "portable" and weights in IN_ROUNDS:

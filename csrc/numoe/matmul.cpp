@@ -90,10 +90,10 @@ void stream_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, T
         kernel.carrying_tile(rows.tiles.height(i), args, carriage.next_share());
       }
     }
-    carriage = Carriage({.from = reinterpret_cast<const char*>(here),
+    carriage = Carriage({.route = Route::past_caches,
+                         .from = reinterpret_cast<const char*>(here),
                          .to = reinterpret_cast<char*>(c.data + col),
-                         .lines_in_row = std::min(width, c.cols - col) * number / Carry::line,
-                         .past_caches = true},
+                         .lines_in_row = std::min(width, c.cols - col) * number / Carry::line},
                         height, width * number, c.stride * number, tiles);
   }
   kernel.carry(carriage.rest());

@@ -186,21 +186,26 @@ class PackedPanels {
 template <class T, class S>
 class RowMajor {
  public:
-  using Stage = numoe::Stage<S>;
+  using Stage = numoe::Stage<Block<S>>;
 
   RowMajor(MatrixView<const S> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  static bool in_place(Index tiles) { return tiles <= (kernels<T>().tile_rows > low ? habits().tiles_on_matrices : 2); }
+  bool in_place(Index tiles, Index) const {
+    return tiles <= (kernels<T>().tile_rows > low ? habits().tiles_on_matrices : 2);
+  }
   Index panels_at_once(Index tiles, Index rows) const {
-    if (in_place(tiles)) return std::clamp<Index>(cache / (rows * W_ * static_cast<Index>(sizeof(T))), 1, count());
+    if (in_place(tiles, rows)) {
+      const Index bytes = row_by_row(rows) ? near_cache : cache;
+      return std::clamp<Index>(bytes / (rows * W_ * static_cast<Index>(sizeof(T))), 1, count());
+    }
     return std::min(count(), width_of_block(rows) / (W_ * static_cast<Index>(sizeof(T))));
   }
   Index depth_of_block(Index rows) const { return block_bytes / width_of_block(rows); }
   Stage stage() const {
     Index size = 0;
     for (const Index width : {deep, wide, broad}) {
-      size = std::max(size, block_bytes / width * Stage::pitch(width / static_cast<Index>(sizeof(T))));
+      size = std::max(size, block_bytes / width * staged_pitch<S>(width / static_cast<Index>(sizeof(T))));
     }
     return Stage(size);
   }
@@ -210,9 +215,10 @@ class RowMajor {
     const Index cols = std::min(count * W_, cols_ - j * W_);
     return {b_.row(k) + col_ + j * W_, b_.stride, std::min(depth, b_.rows - k), cols, count * W_};
   }
+  static auto carrying_tile() { return kernels<T>().carrying_tile; }
   // Panel p of `count` staged ones as a tile's b.
   void set_panel(TileArgs<T>& args, const S* staged, Index count, Index p) const {
-    const Index pitch = Stage::pitch(count * W_);
+    const Index pitch = staged_pitch<S>(count * W_);
     if constexpr (std::is_same_v<S, T>) {
       args.b = staged + p * W_;
       args.b_stride = pitch;
@@ -227,59 +233,62 @@ class RowMajor {
   // c = rows · panels [j, j + count) for tiles which sweep over some rows of the matrix from end to end and ask for
   // the rows after these.
   void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
-    const Index rows_at_once = rows_of_a_sweep(rows.tiles.height(range.begin), count);
-    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first, size = height * W_;
+    const Sweep part = row_by_row(height) ? few_rows(height) : many_rows(rows.tiles.height(range.begin), count);
     const Index whole = std::min(count, cols_ / W_ - j);
-    TileArgs<T, S> args{.c_stride = W_, .near = rows_at_once * b_.stride * static_cast<Index>(sizeof(S))};
-    for (Index k = 0; k < rows.depth; k += rows_at_once) {
-      args.depth = std::min(rows_at_once, rows.depth - k);
+    TileArgs<T, S> args{.c_stride = W_, .near = part.ahead * b_.stride * static_cast<Index>(sizeof(S))};
+    for (Index k = 0; k < rows.depth; k += part.depth) {
+      args.depth = std::min(part.depth, rows.depth - k);
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
       const auto sweep = [&](const S* b, Index stride, Index panel, Index panels) {
         args.b = b;
         args.b_stride = stride;
         for (Index i = range.begin; i < range.end; ++i) {
-          const Index height = rows.tiles.height(i);
+          const Index tile = rows.tiles.height(i);
           args.a = rows.tile(i, k);
           args.c = c + panel * size + (rows.tiles.begin(i) - first) * W_;
           const Neighbours neighbours{.panels = panels, .b_step = W_, .c_step = size};
           if constexpr (std::is_same_v<S, T>) {
-            kernels<T>().sweeping_tile(height, args, neighbours);
+            kernels<T>().sweeping_tile(tile, args, neighbours);
           } else {
-            kernels<T>().sweeping_tile_narrow(height, args, neighbours);
+            kernels<T>().sweeping_tile_narrow(tile, args, neighbours);
           }
         }
       };
       if (whole > 0) sweep(b_.row(k) + col_ + j * W_, b_.stride, 0, whole);
-      if (whole < count) sweep(padded_rows(j + whole, k, args.depth), W_, whole, 1);
+      if (whole < count) sweep(last_panel(k, args.depth), W_, whole, 1);
     }
   }
 
  private:
   static constexpr Index low = 6;  // rows of a tile
   // Bytes for the sums of matrices in place, and as many for the part over which one sweep passes.
-  static constexpr Index cache = Index{256} << 10;
+  static constexpr Index cache = Index{256} << 10, near_cache = Index{32} << 10;
   // Bytes of a staged block, and of its rows as panels'.
   static constexpr Index block_bytes = Index{128} << 10, deep = 256, wide = 1024, broad = 4096;
   static Index width_of_block(Index rows) { return rows > 168 ? deep : rows > 28 ? wide : broad; }
 
-  // Rows of the matrix over which a tile of `height` rows sweeps.  Low tiles wait for memory: few enough not to collide in
-  // a cache whose sets repeat every 4 KB, and streams enough to keep the memory busy.  High tiles compute meanwhile: many,
-  // because sums come and go with each sweep, as long as two sweeps fit a cache.
-  Index rows_of_a_sweep(Index height, Index panels) const {
-    constexpr Index few_rows = 8;
-    if (height <= low) return few_rows;
-    return std::clamp(cache / (panels * W_ * static_cast<Index>(sizeof(S))), few_rows, habits().rows_of_a_sweep);
+  // Rows of the matrix over which tiles sweep, and how many rows further they ask.
+  struct Sweep {
+    Index depth, ahead;
+  };
+  // Low tiles wait for memory: few enough not to collide in a cache whose sets repeat every 4 KB, and streams enough to keep
+  // the memory busy.  High tiles compute meanwhile: many, because sums come and go with each sweep, as long as two sweeps fit
+  // a cache.
+  static Sweep many_rows(Index height, Index panels) {
+    constexpr Index fewest = 8, number = sizeof(S);
+    if (height <= low) return {fewest, fewest};
+    const Index most = std::clamp(cache / (panels * kernels<T>().tile_cols * number), fewest, habits().rows_of_a_sweep);
+    return {most, most};
   }
+  // Where memory is fastest row by row, and the sums of so few rows come and go meanwhile.
+  static bool row_by_row(Index rows) { return habits().row_by_row && rows <= 7; }
+  static Sweep few_rows(Index rows) { return {(rows + 3) / 4, 4}; }
 
-  // Rows [k, k + depth) of panel j, which is less than W columns.
-  const S* padded_rows(Index j, Index k, Index depth) const {
-    const Index valid = cols_ - j * W_;
-    S* const padded = scratch<S, 0>(depth * W_);
-    for (Index i = 0; i < depth; ++i) {
-      std::copy_n(b_.row(k + i) + col_ + j * W_, valid, padded + i * W_);
-      std::fill_n(padded + i * W_ + valid, W_ - valid, S{});
-    }
-    return padded;
+  // Rows [k, k + depth) of the panel that is less than W columns.
+  const S* last_panel(Index k, Index depth) const {
+    const Index valid = cols_ % W_;
+    return padded_rows(b_, k, depth, col_ + cols_ - valid, valid, W_);
   }
 
   MatrixView<const S> b_;
@@ -287,49 +296,71 @@ class RowMajor {
   Index W_ = kernels<T>().tile_cols;
 };
 
-// Columns [col, col + cols) of a row-major bfloat16 matrix.  Some of its rows are paired at a time, for several panels, because
-// memory is fast only along rows; the sums of these panels wait in c.
+// Columns [col, col + cols) of a row-major bfloat16 matrix, multiplied as pairs.  Few rows pair the numbers themselves as they
+// pass over the matrix; more of them read a stage of pairs, which their tiles fill meanwhile, or pairs that were zipped before
+// where tiles do not carry.
 template <class T>
 class RowMajorPairs {
  public:
-  struct Stage {};
+  using Stage = numoe::Stage<PairedBlock<T>>;
 
   RowMajorPairs(MatrixView<const bfloat16> matrix, Index col, Index cols) : b_(matrix), col_(col), cols_(cols) {}
 
   Index count() const { return num_panels(cols_, W_); }
-  Index panels_at_once(Index, Index rows) const {
-    constexpr Index cache = Index{512} << 10, fewest = 4, most = 32;
-    return std::min(count(), std::clamp<Index>(cache / (rows * W_ * static_cast<Index>(sizeof(T))), fewest, most));
+  bool in_place(Index, Index rows) const { return rows <= kernels<T>().pairs.zipping_rows && b_.rows % 2 == 0; }
+  static bool staged() { return kernels<T>().pairs.carry != nullptr; }
+  Index panels_at_once(Index tiles, Index rows) const {
+    if (in_place(tiles, rows) && habits().row_by_row) return std::min(count(), panels_in(near_cache, rows));
+    if (in_place(tiles, rows) || !staged()) return std::min(count(), std::clamp<Index>(panels_in(cache, rows), 4, 32));
+    return std::min(count(), width_of_block(rows) / (W_ * static_cast<Index>(sizeof(T))));
   }
-  Stage stage() const { return {}; }
-
-  // c = rows · panels [j, j + count)
-  void multiply_paired(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
-    const Index few = kernels<T>().pairs.zipping_rows,
-                height = rows.tiles.begin(range.end) - rows.tiles.begin(range.begin);
-    const Index whole = height <= few && b_.rows % 2 == 0 ? std::min(count, cols_ / W_ - j) : 0;
-    if (whole > 0) multiply_in_place(rows, range.begin, j, whole, c);
-    if (whole < count) multiply_zipped(rows, range, j + whole, count - whole, c + whole * height * W_);
+  Index depth_of_block(Index rows) const {
+    const bool one_tile = rows <= kernels<T>().pairs.tile_rows;
+    return (one_tile ? block_bytes / 2 : block_bytes) / width_of_block(rows);
+  }
+  Stage stage() const {
+    if (!staged()) return Stage(0);
+    constexpr Index pair = sizeof(T);
+    return Stage(std::max(block_bytes / deep * staged_pitch<T>(deep / pair),
+                          block_bytes / broad * staged_pitch<T>(broad / pair)));
   }
 
- private:
-  // A tile sweeps over some rows of the matrix from end to end and asks for the rows after these.
-  void multiply_in_place(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
-    constexpr Index pairs_at_once = 4;
-    const Index height = rows.tiles.height(tile);
-    const Neighbours neighbours{.panels = count, .b_step = W_, .c_step = height * W_};
-    TileArgs<T, bfloat16> args{.b_stride = b_.stride, .c = c, .c_stride = W_};
-    args.near = 2 * pairs_at_once * b_.stride * static_cast<Index>(sizeof(bfloat16));
+  // Pairs [k, k + depth) of panels [j, j + count).
+  PairedBlock<T> block(Index j, Index count, Index k, Index depth) const {
+    const Index cols = std::min(count * W_, cols_ - j * W_);
+    return {b_.row(2 * k) + col_ + j * W_, b_.stride, std::min(2 * depth, b_.rows - 2 * k), cols, count * W_};
+  }
+  static auto carrying_tile() { return kernels<T>().pairs.carrying_tile; }
+  // Panel p of `count` staged ones as a tile's b.
+  void set_panel(TileArgs<T>& args, const T* staged, Index count, Index p) const {
+    args.b = staged + p * W_;
+    args.b_stride = staged_pitch<T>(count * W_);
+  }
+
+  // c = rows · panels [j, j + count) for one tile that sweeps over some rows of the matrix from end to end and asks for the
+  // rows after these.
+  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+    const Index height = rows.tiles.height(range.begin), size = height * W_;
+    const Index pairs_at_once = habits().row_by_row ? (height + 2) / 3 : 4;
+    const Index whole = std::min(count, cols_ / W_ - j), rows_ahead = std::max<Index>(4, 2 * pairs_at_once);
+    TileArgs<T, bfloat16> args{.c_stride = W_};
+    args.near = rows_ahead * b_.stride * static_cast<Index>(sizeof(bfloat16));
     for (Index k = 0; k < rows.depth; k += pairs_at_once) {
       args.depth = std::min(pairs_at_once, rows.depth - k);
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
-      args.a = rows.tile(tile, k);
-      args.b = b_.row(2 * k) + col_ + j * W_;
-      kernels<T>().pairs.zipping_tile(height, args, neighbours);
+      args.a = rows.tile(range.begin, k);
+      const auto sweep = [&](const bfloat16* b, Index stride, Index panel, Index panels) {
+        args.b = b;
+        args.b_stride = stride;
+        args.c = c + panel * size;
+        kernels<T>().pairs.zipping_tile(height, args, {.panels = panels, .b_step = W_, .c_step = size});
+      };
+      if (whole > 0) sweep(b_.row(2 * k) + col_ + j * W_, b_.stride, 0, whole);
+      if (whole < count) sweep(last_panel(k, args.depth), W_, whole, 1);
     }
   }
 
-  // Tiles read pairs that were zipped before.
+  // c = rows · panels [j, j + count) for tiles that read pairs which were zipped before.
   void multiply_zipped(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
     constexpr Index depth = 128;  // pairs
     const PairKernels<T>& kernel = kernels<T>().pairs;
@@ -349,6 +380,22 @@ class RowMajorPairs {
         }
       }
     }
+  }
+
+ private:
+  // Bytes for the sums of matrices in place, also beside their rows in an L1; of a staged block, and of its rows.
+  static constexpr Index cache = Index{512} << 10, near_cache = Index{32} << 10;
+  static constexpr Index block_bytes = Index{128} << 10, deep = 1024, broad = 4096;
+  static Index width_of_block(Index rows) { return rows > 28 ? deep : broad; }
+  // Panels whose sums are at most so many bytes.
+  Index panels_in(Index bytes, Index rows) const {
+    return std::max<Index>(1, bytes / (rows * W_ * static_cast<Index>(sizeof(T))));
+  }
+
+  // Pairs [k, k + depth) of the panel that is less than W columns.
+  const bfloat16* last_panel(Index k, Index depth) const {
+    const Index valid = cols_ % W_;
+    return padded_rows(b_, 2 * k, 2 * depth, col_ + cols_ - valid, valid, W_);
   }
 
   // From one panel to the next: an odd number of lines, or they would share a few sets of each cache.
@@ -454,7 +501,7 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
       for (Index i = range.begin; i < range.end; ++i) {
         args.a = rows.tile(i, now.k);
         args.c = c + p * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
-        kernel.carrying_tile(rows.tiles.height(i), args, stage.next_share());
+        panels.source->carrying_tile()(rows.tiles.height(i), args, stage.next_share());
       }
     }
     now = coming;
@@ -468,12 +515,14 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
   const Index width = kernels<T>().tile_cols;
   const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
   if constexpr (requires { &Source::in_place; }) {
-    if (panels.source->in_place(range.count())) {
-      return panels.source->multiply_in_place(rows, range, panels.begin, panels.count, c);
+    const Source& source = *panels.source;
+    if (source.in_place(range.count(), size / width)) {
+      return source.multiply_in_place(rows, range, panels.begin, panels.count, c);
+    }
+    if constexpr (requires { &Source::multiply_zipped; }) {
+      if (!source.staged()) return source.multiply_zipped(rows, range, panels.begin, panels.count, c);
     }
     multiply_staged(stage, rows, range, panels, next, c);
-  } else if constexpr (requires { &Source::multiply_paired; }) {
-    panels.source->multiply_paired(rows, range, panels.begin, panels.count, c);
   } else if (panels.count > 1) {
     panels.source->multiply_together(rows, range, panels.begin, panels.count, c);
   } else {

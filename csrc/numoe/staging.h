@@ -9,12 +9,12 @@ namespace numoe {
 class Carriage {
  public:
   Carriage() = default;
-  // Pitches are bytes from one row to the next; carry says where from and where to.
-  Carriage(Carry carry, Index rows, Index from_pitch, Index to_pitch, Index tiles)
+  // Pitches are bytes from one row to the next; carry says where from and where to.  A line is `to_line` bytes there.
+  Carriage(Carry carry, Index rows, Index from_pitch, Index to_pitch, Index tiles, Index to_line = Carry::line)
       : carry_(carry), left_(rows * carry.lines_in_row), share_((left_ + tiles - 1) / tiles) {
     carry_.left_in_row = carry.lines_in_row;
     carry_.from_jump = from_pitch - carry.lines_in_row * Carry::line;
-    carry_.to_jump = to_pitch - carry.lines_in_row * Carry::line;
+    carry_.to_jump = to_pitch - carry.lines_in_row * to_line;
   }
 
   // For the next tile to move; everything, if it is the last.
@@ -32,75 +32,128 @@ class Carriage {
   Index left_ = 0, share_ = 0;  // lines
 };
 
+// Numbers from one staged row to the next.  A matrix's rows often lie a power of two apart, where they share a few sets of
+// each cache; staged rows are an odd number of lines apart.
+template <class S>
+Index staged_pitch(Index width) {
+  constexpr Index line = Carry::line / sizeof(S);
+  return ((width + line - 1) / line | 1) * line;
+}
+
+// Rows [row, row + rows) of b, less than `width` columns from `col` on, padded with zeros to as many, in this task's scratch.
+template <class S>
+const S* padded_rows(MatrixView<const S> b, Index row, Index rows, Index col, Index cols, Index width) {
+  S* const padded = scratch<S, 0>(rows * width);
+  for (Index r = 0; r < rows; ++r) {
+    std::copy_n(b.row(row + r) + col, cols, padded + r * width);
+    std::fill_n(padded + r * width + cols, width - cols, S{});
+  }
+  return padded;
+}
+
 // Part of a row-major matrix: `rows` rows of `cols` numbers, `stride` apart.  Staged, a row is followed by zeros up to
 // `width` numbers.
 template <class S>
 struct Block {
+  using Staged = S;
   const S* data = nullptr;
   Index stride = 0, rows = 0, cols = 0, width = 0;
 
   bool operator==(const Block&) const = default;
+  Index pitch() const { return staged_pitch<S>(width); }
+
+  // How `tiles` tiles move what is whole lines.
+  static void carry(Carry& lines) { kernels<Compute<S>>().carry(lines); }
+  Carriage carriage(S* staged, Index tiles) const {
+    constexpr Index number = sizeof(S);
+    const Index lines_in_row = cols * number / Carry::line;
+    return Carriage({.route = habits().carrying,
+                     .from = reinterpret_cast<const char*>(data),
+                     .to = reinterpret_cast<char*>(staged),
+                     .lines_in_row = lines_in_row,
+                     .lead = habits().lines_ahead / std::max<Index>(1, lines_in_row) * stride * number},
+                    rows, stride * number, pitch() * number, tiles);
+  }
+  // What is less than a line at the end of each row.
+  void copy_ends(S* staged) const {
+    constexpr Index line = Carry::line / sizeof(S);
+    const Index whole = cols / line * line;
+    if (whole == width) return;
+    for (Index r = 0; r < rows; ++r) {
+      S* row = staged + r * pitch();
+      std::copy(data + r * stride + whole, data + r * stride + cols, row + whole);
+      std::fill(row + cols, row + width, S{});
+    }
+  }
+};
+
+// The same of bfloat16 numbers.  Staged, two rows are one row of pairs.
+template <class T>
+struct PairedBlock {
+  using Staged = T;
+  const bfloat16* data = nullptr;
+  Index stride = 0, rows = 0, cols = 0, width = 0;
+
+  bool operator==(const PairedBlock&) const = default;
+  Index pitch() const { return staged_pitch<T>(width); }
+
+  static void carry(Carry& lines) { kernels<T>().pairs.carry(lines); }
+  Carriage carriage(T* staged, Index tiles) const {
+    constexpr Index number = sizeof(bfloat16);
+    const Index lines_in_row = cols * number / Carry::line;
+    return Carriage({.from = reinterpret_cast<const char*>(data),
+                     .to = reinterpret_cast<char*>(staged),
+                     .lines_in_row = lines_in_row,
+                     .lead = habits().lines_ahead / std::max<Index>(1, 2 * lines_in_row) * 2 * stride * number,
+                     .odd = stride * number},
+                    rows / 2, 2 * stride * number, pitch() * static_cast<Index>(sizeof(T)), tiles, 2 * Carry::line);
+  }
+  // What is less than a panel at the end of each row, and the last one of an odd number of rows.
+  void copy_ends(T* staged) const {
+    const PairKernels<T>& kernel = kernels<T>().pairs;
+    const Index panel = kernels<T>().tile_cols, whole = cols / panel;
+    if (rows % 2) kernel.zip(1, whole, data + (rows - 1) * stride, stride, staged + rows / 2 * pitch(), panel, 0);
+    if (whole * panel == width) return;
+    const MatrixView<const bfloat16> here{data, rows, cols, stride};
+    for (Index r = 0; r < rows; r += 2) {
+      const Index count = std::min<Index>(2, rows - r);
+      const bfloat16* ends = padded_rows(here, r, count, whole * panel, cols - whole * panel, panel);
+      kernel.zip(count, 1, ends, panel, staged + r / 2 * pitch() + whole * panel, panel, 0);
+    }
+  }
 };
 
 // Two buffers of one task: the tiles that multiply the block in one carry the next block into the other.
-//
-// A matrix's rows often lie a power of two apart, where they share a few sets of each cache; staged rows are an odd
-// number of lines apart.
-template <class S>
+template <class Block>
 class Stage {
  public:
-  using T = Compute<S>;
-  using Rows = Block<S>;
+  using Staged = typename Block::Staged;
+  using Rows = Block;
   // For blocks of up to `size` numbers, counting rows by their pitch.
-  explicit Stage(Index size) : size_(size), place_(scratch<S, 3>(2 * size_)) {}
+  explicit Stage(Index size) : size_(size), place_(scratch<Staged, 3>(2 * size_)) {}
 
-  // Numbers from one staged row to the next.
-  static Index pitch(Index width) {
-    constexpr Index line = Carry::line / sizeof(S);
-    return ((width + line - 1) / line | 1) * line;
-  }
-
-  // The rows of `wanted`, pitch(width) apart, until the take after the next: staged before, or copied now.
-  const S* take(const Block<S>& wanted) {
+  // The rows of `wanted`, their pitch apart, until the take after the next: staged before, or copied now.
+  const Staged* take(const Block& wanted) {
     if (wanted != coming_) prepare(wanted, 1);
-    kernels<T>().carry(carriage_.rest());
+    Block::carry(carriage_.rest());
     coming_ = {};
-    S* const taken = place_ + side_ * size_;
+    Staged* const taken = place_ + side_ * size_;
     side_ = 1 - side_;
-    copy_ends(wanted, taken);
+    wanted.copy_ends(taken);
     return taken;
   }
   // From now on, `tiles` tiles carry shares of `next`, which may be nothing.
-  void prepare(const Block<S>& next, Index tiles) {
-    constexpr Index lines_ahead = 64;
-    const Index row_bytes = next.stride * static_cast<Index>(sizeof(S));
-    const Index lines_in_row = next.cols * static_cast<Index>(sizeof(S)) / Carry::line;
+  void prepare(const Block& next, Index tiles) {
     coming_ = next;
-    carriage_ = Carriage({.from = reinterpret_cast<const char*>(next.data),
-                          .to = reinterpret_cast<char*>(place_ + side_ * size_),
-                          .lines_in_row = lines_in_row,
-                          .lead = lines_ahead / std::max<Index>(1, lines_in_row) * row_bytes},
-                         next.rows, row_bytes, pitch(next.width) * static_cast<Index>(sizeof(S)), tiles);
+    carriage_ = next.carriage(place_ + side_ * size_, tiles);
   }
   Carry& next_share() { return carriage_.next_share(); }
 
  private:
-  // What is less than a line at the end of each row.
-  static void copy_ends(const Block<S>& block, S* staged) {
-    constexpr Index line = Carry::line / sizeof(S);
-    const Index whole = block.cols / line * line;
-    if (whole == block.width) return;
-    for (Index r = 0; r < block.rows; ++r) {
-      S* row = staged + r * pitch(block.width);
-      std::copy(block.data + r * block.stride + whole, block.data + r * block.stride + block.cols, row + whole);
-      std::fill(row + block.cols, row + block.width, S{});
-    }
-  }
-
   Index size_;  // numbers of one buffer
-  S* place_;
+  Staged* place_;
   Index side_ = 0;  // of the block to be taken next
-  Block<S> coming_;
+  Block coming_;
   Carriage carriage_;
 };
 

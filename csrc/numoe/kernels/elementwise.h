@@ -231,6 +231,8 @@ constexpr Kernels<float> make_dot_kernels() {
                  .unpacked_tile = Tile<float, N, R>::run_unpacked_dot,
                  .zipping_rows = most_zipping_rows,
                  .zipping_tile = Tile<float, N, R>::run_zipping,
+                 .carrying_tile = Tile<float, N, R>::run_carrying_dot,
+                 .carry = carry_zipped<N>,
                  .round = round_pairs<N>,
                  .zip_rounded = zip_rounded<N>,
                  .zip = zip<N>};

@@ -22,17 +22,22 @@ enum class Store {
 // Tiles of packed panels multiply so many k's between counts; Ahead says what to ask for with each such round.
 constexpr Index k_at_once = 4;
 
+// How lines go: through the caches, and then into which one those that follow are asked for, or past them, if nobody reads
+// them soon.
+enum class Route { through_l2, through_l1, past_caches };
+
 // Lines of memory that are moved from rows to rows, by a tile while it computes or at once.  Whoever moved `lines` of
 // them leaves from, to and left_in_row at the next one.
 struct Carry {
   static constexpr Index line = 64;  // bytes
+  Route route = Route::through_l2;   // past_caches: `to` consists of whole lines
   const char* from = nullptr;
   char* to = nullptr;
   Index lines = 0;
   Index lines_in_row = 0, left_in_row = 0;  // left: before the next jump
   Index from_jump = 0, to_jump = 0;         // bytes from the end of a row to the start of the next
   Index lead = 0;                           // so many bytes further lines are asked for
-  bool past_caches = false;                 // `to` is not read soon; it consists of whole lines
+  Index odd = 0;                            // bytes from a line to that with which it is zipped, if it is
 };
 
 // Memory that a tile asks for while it computes: what will be read after it.
@@ -61,7 +66,7 @@ struct TileArgs {
   T* c = nullptr;  // row r starts at c + r * c_stride
   Index c_stride = 0;
   Store store = Store::overwrite;
-  Index near = 1024;  // tiles that sweep or carry: how many bytes further b is asked for
+  Index near = 1024;  // tiles that sweep, or carry past the caches: how many bytes further b is asked for
   Ahead ahead = {};   // tiles that neither sweep nor carry
 };
 
@@ -111,6 +116,11 @@ struct PairKernels {
   // sweeping_tile that pairs the rows of a matrix itself, for a few rows of a; absent if zipping_rows are none.
   Index zipping_rows = 0;
   void (*zipping_tile)(Index rows, const TileArgs<T, bfloat16>&, const Neighbours&) = nullptr;
+
+  // tile that moves lines meanwhile: those of two rows of bfloat16 numbers, zipped, so that one becomes two.  Both are absent
+  // together.
+  void (*carrying_tile)(Index rows, const TileArgs<T>&, Carry&) = nullptr;
+  void (*carry)(Carry&) = nullptr;
 
   // Rounding, to bfloat16 with subnormal numbers as 0: pairs[i] = factor * x[2i] and factor * x[2i + 1], the last of an odd
   // n paired with 0.  Possibly in place.
@@ -207,6 +217,9 @@ struct Habits {
   Index streams;            // panels that are read side by side: one that is asked for ahead, or several that are not
   Index rows_of_a_sweep;    // of a row-major matrix, by high tiles
   Index tiles_on_matrices;  // high tiles that read a row-major matrix where it is
+  bool row_by_row;          // prefetchers follow one row of a matrix far better than several
+  Index lines_ahead;        // from which a carried one is asked for
+  Route carrying;
 };
 const Habits& habits();
 

@@ -337,66 +337,123 @@ void broad_tile_of_height(const TileArgs<T>& args, const Neighbours& neighbours)
   for (int p = 0; p < P; ++p) sums[p].finish(args.c + p * neighbours.c_step, args.c_stride, args.store);
 }
 
-// Goes through the lines of a Carry, V at a time.
-template <class V, bool past_caches>
-struct Carrier {
+// Where in a Carry somebody is.
+class Carrier {
+ public:
+  explicit Carrier(const Carry& carry)
+      : from(carry.from), to(carry.to), lead(carry.lead), left_in_row(carry.left_in_row) {}
+
+  inline void stop(Carry& carry) const {
+    carry.from = from;
+    carry.to = to;
+    carry.left_in_row = left_in_row;
+  }
+
+ protected:
   const char* from;
   char* to;
   Index lead, left_in_row;
 
-  explicit Carrier(const Carry& carry)
-      : from(carry.from), to(carry.to), lead(carry.lead), left_in_row(carry.left_in_row) {}
-
-  [[gnu::always_inline]] inline void move_line(const Carry& carry) {
-    __builtin_prefetch(from + lead, 0, 2);
-#pragma GCC unroll 4
-    for (std::size_t i = 0; i < Carry::line; i += sizeof(V)) {
-      if constexpr (past_caches) {
-        stream(to + i, load<V>(from + i));
-      } else {
-        store(to + i, load<V>(from + i));
-      }
-      in_order();
-    }
+  template <Route route>
+  [[gnu::always_inline]] inline void ask(Index offset) const {
+    __builtin_prefetch(from + offset, 0, route == Route::through_l1 ? 3 : 2);
+  }
+  [[gnu::always_inline]] inline void go_on(const Carry& carry, Index written) {
     from = forget(from + Carry::line);  // apart: compilers would move both into one vector register
-    to = forget(to + Carry::line);
+    to = forget(to + written);
     if (--left_in_row > 0) return;
     const Carry& jump = *forget(&carry);  // read when needed: there are no registers to spare
     from = forget(from + jump.from_jump);
     to = forget(to + jump.to_jump);
     left_in_row = jump.lines_in_row;
   }
-  inline void stop(Carry& carry) const {
-    carry.from = from;
-    carry.to = to;
-    carry.left_in_row = left_in_row;
+};
+
+// Moves lines as they are, V at a time.
+template <class V, Route route>
+struct Copying : Carrier {
+  static constexpr bool b_is_far =
+      route == Route::past_caches;  // lines on other routes come to where b was carried before
+  using Carrier::Carrier;
+
+  [[gnu::always_inline]] inline void move_line(const Carry& carry) {
+    ask<route>(lead);
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < Carry::line; i += sizeof(V)) {
+      if constexpr (route == Route::past_caches) {
+        stream(to + i, load<V>(from + i));
+      } else {
+        store(to + i, load<V>(from + i));
+      }
+      in_order();
+    }
+    go_on(carry, Carry::line);
   }
 };
 
-template <class V, bool past_caches>
+// Moves 2N bfloat16 numbers each of two rows as 2N pairs: not by a permutation, whose indices would take registers.
+template <int N, Route route>
+struct Zipping : Carrier {
+  static_assert(2 * N * sizeof(bfloat16) == Carry::line);
+  static constexpr bool b_is_far = false;
+  Index odd;
+
+  explicit Zipping(const Carry& carry) : Carrier(carry), odd(carry.odd) {}
+
+  [[gnu::always_inline]] inline void move_line(const Carry& carry) {
+    ask<route>(lead);
+    ask<route>(lead + odd);
+#pragma GCC unroll 2
+    for (Index i = 0; i < 2; ++i) {
+      const char* even = from + i * Carry::line / 2;
+      store(to + i * Carry::line, words(even) | words(even + odd) << 16);
+      in_order();
+    }
+    go_on(carry, 2 * Carry::line);
+  }
+
+ private:
+  static inline Lanes<std::uint32_t, N> words(const char* numbers) {
+    return __builtin_convertvector(load<Lanes<std::uint16_t, N>>(numbers), Lanes<std::uint32_t, N>);
+  }
+};
+
+template <class Mover>
 void carry_lines(Carry& carry) {
-  Carrier<V, past_caches> carrier(carry);
-  for (Index i = 0; i < carry.lines; ++i) carrier.move_line(carry);
-  carrier.stop(carry);
+  Mover mover(carry);
+  for (Index i = 0; i < carry.lines; ++i) mover.move_line(carry);
+  mover.stop(carry);
 }
 template <class T, int N>
 void carry(Carry& what) {
   using V = Lanes<T, N>;
-  what.past_caches ? carry_lines<V, true>(what) : carry_lines<V, false>(what);
+  switch (what.route) {
+    case Route::through_l2:
+      return carry_lines<Copying<V, Route::through_l2>>(what);
+    case Route::through_l1:
+      return carry_lines<Copying<V, Route::through_l1>>(what);
+    case Route::past_caches:
+      return carry_lines<Copying<V, Route::past_caches>>(what);
+  }
+}
+template <int N>
+void carry_zipped(Carry& what) {
+  carry_lines<Zipping<N, Route::through_l1>>(what);
 }
 
 // A line for every two k's while there are lines, plain k's after them, lines without k's at the end.
-template <class T, int N, int R, bool past_caches>
+template <class Mover, class Elements, class T, int N, int R>
 void carrying_tile_of_height(const TileArgs<T>& args, Carry& carry) {
   using V = Lanes<T, N>;
   const T *a = args.a, *b = args.b;
-  const Index stride = args.b_stride, near = args.near;
-  Carrier<V, past_caches> carrier(carry);
+  const Index stride = args.b_stride;
+  [[maybe_unused]] const Index near = args.near;
+  Mover mover(carry);
   Accumulators<T, N, R> sums;
   sums.start(args.c, args.c_stride, args.store);
   const auto next_k = [&]() __attribute__((always_inline)) {
-    ask_near<2 * N * sizeof(T)>(b, near);
-    sums.multiply_add(a, load<V>(b), load<V>(b + N));
+    if constexpr (Mover::b_is_far) ask_near<2 * N * sizeof(T)>(b, near);
+    sums.template multiply_add<Elements>(a, load<V>(b), load<V>(b + N));
     a += R;
     b += stride;
   };
@@ -404,13 +461,13 @@ void carrying_tile_of_height(const TileArgs<T>& args, Carry& carry) {
   if constexpr (sizeof(V) == 16) asm("" : "+r"(each));  // not unrolled: x86's old instructions need more registers
   const Index half = args.depth / 2, together = carry.lines < half ? carry.lines : half;
   for (Index line = together; line > 0; --line) {
-    carrier.move_line(carry);
+    mover.move_line(carry);
     for (Index k = each; k > 0; --k) next_k();
   }
   for (Index k = args.depth - 2 * together; k > 0; --k) next_k();
   sums.finish(args.c, args.c_stride, args.store);
-  for (Index line = together; line < carry.lines; ++line) carrier.move_line(carry);
-  carrier.stop(carry);
+  for (Index line = together; line < carry.lines; ++line) mover.move_line(carry);
+  mover.stop(carry);
 }
 
 // Lanes hold pairs (k even in the low half, k odd in the high half): a shift and a mask widen them.
@@ -519,8 +576,23 @@ struct Tile {
     broad_bf16_heights(neighbours.panels)[rows - 1](args, neighbours);
   }
   static void run_carrying(Index rows, const TileArgs<T>& args, Carry& carry) {
-    const auto* functions = carry.past_caches ? carrying_heights<true>(all) : carrying_heights<false>(all);
+    using V = Lanes<T, N>;
+    const CarryingFunction* functions = nullptr;
+    switch (carry.route) {
+      case Route::through_l2:
+        functions = carrying_heights<Copying<V, Route::through_l2>, Numbers<T, N>>(all);
+        break;
+      case Route::through_l1:
+        functions = carrying_heights<Copying<V, Route::through_l1>, Numbers<T, N>>(all);
+        break;
+      case Route::past_caches:
+        functions = carrying_heights<Copying<V, Route::past_caches>, Numbers<T, N>>(all);
+        break;
+    }
     functions[rows - 1](args, carry);
+  }
+  static void run_carrying_dot(Index rows, const TileArgs<T>& args, Carry& carry) {
+    carrying_heights<Zipping<N, Route::through_l1>, Pairs<N>>(all)[rows - 1](args, carry);
   }
 
  private:
@@ -582,9 +654,9 @@ struct Tile {
            : panels == 3 ? broad_bf16_heights<3>(beside<3>)
                          : broad_bf16_heights<4>(beside<4>);
   }
-  template <bool past_caches, int... H>
+  template <class Mover, class Elements, int... H>
   static const CarryingFunction* carrying_heights(std::integer_sequence<int, H...>) {
-    static constexpr CarryingFunction table[] = {carrying_tile_of_height<T, N, H + 1, past_caches>...};
+    static constexpr CarryingFunction table[] = {carrying_tile_of_height<Mover, Elements, T, N, H + 1>...};
     return table;
   }
 };
