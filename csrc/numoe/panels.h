@@ -102,15 +102,20 @@ class PackedPanels {
     constexpr Index of_many_passes = 128;
     return passes(rows) > 2 ? of_many_passes : numoe::block_depth;
   }
-  // What tile i of `tiles` asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block, which
-  // lies behind this one; if nothing passes over this one again, what it reads itself.
-  Ahead ahead(Index j, Index k, Index depth, Index i, Index tiles, Index height) const {
+  // What the first of `tiles` tiles asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block,
+  // which lies behind this one; if nothing passes over this one again, what it reads itself.  The share of the next tile
+  // is as large and lies behind this one.
+  struct Shares {
+    Ahead first;
+    Index bytes;
+  };
+  Shares ahead(Index j, Index k, Index depth, Index tiles, Index height) const {
     constexpr Index number = sizeof(S);
     const S* here = data_ + j * step_ + k * W_;
     const S* next = tiles * passes(height) > 1 ? here + depth * W_ : here + one_memory_away / number;
     const Index bytes = std::min(depth * W_, end_ - next) * number / tiles;
     if (bytes <= 0) return {};
-    return Ahead::spread(reinterpret_cast<const char*>(next) + i * bytes, bytes, passes(height) * depth);
+    return {Ahead::spread(next, bytes, passes(height) * depth), bytes};
   }
 
  private:
@@ -442,15 +447,17 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
   for (Index k = 0; k < rows.depth; k += most_depth) {
     const Index depth = std::min(most_depth, rows.depth - k);
     const PanelBlock<T> b = source.block(j, k, depth, n);
+    const auto shares = source.ahead(j, k, depth, n, rows.tiles.height(range.begin));
     const auto multiply = [&](auto& args, auto tile) {
       args.depth = depth;
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
-      for (Index i = range.begin; i < range.end; ++i) {
-        const Index height = rows.tiles.height(i);
+      args.ahead = shares.first;
+      const char* share = static_cast<const char*>(shares.first.at);
+      for (Index i = range.begin; i < range.end; ++i, share += shares.bytes) {
         args.a = rows.tile(i, k);
         args.c = c + (rows.tiles.begin(i) - first) * width;
-        args.ahead = source.ahead(j, k, depth, i - range.begin, n, height);
-        tile(height, args);
+        args.ahead.at = share;
+        tile(rows.tiles.height(i), args);
       }
     };
     if (b.narrow) {

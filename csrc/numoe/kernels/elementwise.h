@@ -20,14 +20,14 @@ struct Activated {
 };
 
 // v·σ(scale·v) and its slope, from s = σ(scale·v) and the slope of scale·v.  Beyond ±saturation the limits, so that
-// infinities give 0 and ±inf instead of inf·0.
+// infinities give 0, inf and 1 instead of inf·0; the value of a large v is v as it is.
 template <class T, int N>
 inline Activated<Lanes<T, N>> gated(Lanes<T, N> v, Lanes<T, N> s, Lanes<T, N> inner_slope) {
   using V = Lanes<T, N>;
   const V limit = V{} + Float<T>::saturation;
   const V value = v * s;
   const V slope = s + value * (T(1) - s) * inner_slope;
-  return {v < -limit ? V{} : (v > limit ? v : value), v < -limit ? V{} : (v > limit ? V{} + T(1) : slope)};
+  return {v < -limit ? V{} : value, v < -limit ? V{} : (v > limit ? V{} + T(1) : slope)};
 }
 
 inline float erfc_of(float v) { return __builtin_erfcf(v); }

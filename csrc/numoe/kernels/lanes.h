@@ -24,7 +24,8 @@ struct Float;  // the integers and constants that belong to a floating-point typ
 template <>
 struct Float<float> {
   using Int = std::int32_t;
-  static constexpr int mantissa_bits = 23, exponent_bias = 127;
+  using Word = std::uint32_t;
+  static constexpr int mantissa_bits = 23;
   static constexpr float log2e = 1.44269504088896341f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
   static constexpr float round_magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
@@ -35,7 +36,8 @@ struct Float<float> {
 template <>
 struct Float<double> {
   using Int = std::int64_t;
-  static constexpr int mantissa_bits = 52, exponent_bias = 1023;
+  using Word = std::uint64_t;
+  static constexpr int mantissa_bits = 52;
   static constexpr double log2e = 1.44269504088896340736;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 · 2^52
@@ -204,26 +206,17 @@ template <class T, int N>
 [[gnu::always_inline]] inline Lanes<T, N> exp(Lanes<T, N> x) {
   using F = Float<T>;
   using V = Lanes<T, N>;
-  using I = Lanes<typename F::Int, N>;
-  const V too_small = V{} + F::exp_min, too_large = V{} + F::exp_max;
-  const V inside = x < too_small ? too_small : (x > too_large ? too_large : x);
-  const V shifted = inside * F::log2e + F::round_magic;  // n = round(x / ln 2) in its low bits
+  using Word = Lanes<typename F::Word, N>;
+  const V shifted = x * F::log2e + F::round_magic;  // n = round(x / ln 2) in its low bits
   const V n = shifted - F::round_magic;
-  const V r = (inside - n * F::ln2_high) - n * F::ln2_low;
+  const V r = (x - n * F::ln2_high) - n * F::ln2_low;
   V series = V{} + T(1.0 / factorial(F::exp_degree));
 #pragma GCC unroll 16
   for (int k = F::exp_degree - 1; k >= 0; --k) series = series * r + T(1.0 / factorial(k));
-  const I exponent = __builtin_convertvector(n, I);
-  // 2ⁿ as two factors, each within the normal range
-  const I half = exponent >> 1;
-  const I first = (half + F::exponent_bias) << F::mantissa_bits;
-  const I second = (exponent - half + F::exponent_bias) << F::mantissa_bits;
-  V scale1, scale2;
-  __builtin_memcpy(&scale1, &first, sizeof first);
-  __builtin_memcpy(&scale2, &second, sizeof second);
-  const V value = series * scale1 * scale2;
+  // series · 2ⁿ: between exp_min and exp_max no exponent leaves its bits
+  const V value = reinterpret<V>(reinterpret<Word>(series) + (reinterpret<Word>(shifted) << F::mantissa_bits));
   const V infinite = V{} + static_cast<T>(__builtin_inf());
-  return x < too_small ? V{} : (x > too_large ? infinite : (x == x ? value : x));
+  return x < F::exp_min ? V{} : (x <= F::exp_max ? value : x + infinite);
 }
 
 // 1 / (1 + e⁻ˣ)
