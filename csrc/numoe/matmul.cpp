@@ -69,6 +69,26 @@ void sweep_all_tiles(Tile tile, const PackedRows<T>& rows, TileRange range, cons
   }
 }
 
+bool rows_as_they_are(const auto& a) {
+  return a.col_stride == 1 && !a.row_index && !a.col_index && !a.row_scale && !a.col_scale;
+}
+
+// Rows [first, first + c.rows) of a where they are, times one panel, of which no more is computed than c has columns: the
+// router of few experts.
+template <class T>
+void multiply_few_columns(const Operand<T>& a, Index first, Index depth, const T* panel, MatrixView<T> c) {
+  const Kernels<T>& kernel = kernels<T>();
+  const RowTiles tiles{c.rows, kernel.unpacked_rows};
+  const Index width = kernel.tile_cols, last = num_panels(c.cols, kernel.unpacked_part) * kernel.unpacked_part;
+  T* const sums = scratch<T, 1>(kernel.unpacked_rows * width);
+  TileArgs<T> args{.depth = depth, .a_stride = a.row_stride, .b = panel, .c = sums, .c_stride = width};
+  for (Index i = 0; i < tiles.count(); ++i) {
+    args.a = a.row(first + tiles.begin(i));
+    kernel.unpacked_tile(tiles.height(i), args, {}, last);
+    for (Index r = 0; r < tiles.height(i); ++r) copy_run(sums + r * width, c.cols, c.row(tiles.begin(i) + r));
+  }
+}
+
 // c = rows · panels past the caches: the tiles of a panel carry the sums of the panel before to c.
 template <class T>
 void stream_tiles(const PackedRows<T>& rows, TileRange range, const T* panels, T* sums, MatrixView<T> c) {
@@ -107,6 +127,9 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
                     Store store, MatrixView<T> c) {
   const Index width = kernels<T>().tile_cols;
   const Index first = tiles.begin(range.begin), height = tiles.begin(range.end) - first;
+  if (c.cols <= width && store == Store::overwrite && rows_as_they_are(a)) {
+    return multiply_few_columns(a, first, depth, b_panels, c.row_range(first, first + height));
+  }
   T* sums = scratch<T, 1>(height * (2 * width + depth));
   T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);

@@ -4,6 +4,10 @@
 // anonymous namespace: the linker must never merge two targets' code.  No standard headers with templates here.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cstddef>
 #include <cstdint>
 
@@ -45,6 +49,14 @@ struct Float<double> {
   static constexpr double saturation = 746.0;
   static constexpr int exp_degree = 13;  // remainder < 2^-56
 };
+
+template <class To, class From>
+inline To reinterpret(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To w;
+  __builtin_memcpy(&w, &v, sizeof w);
+  return w;
+}
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -123,15 +135,30 @@ inline void for_lanes(Index n, F f) {
   if (i < n) f(i, static_cast<int>(n - i));
 }
 
+// The first `count` <= N numbers, and zeros: masked, or through memory, which is slow.
 template <class T, int N>
 inline Lanes<T, N> load_some(const T* p, int count) {
   if (count == N) return load<Lanes<T, N>>(p);
+#ifdef __AVX512F__
+  const auto mask = static_cast<std::uint16_t>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4 && N == 16) return reinterpret<Lanes<T, N>>(_mm512_maskz_loadu_epi32(mask, p));
+  if constexpr (sizeof(T) == 8 && N == 8) {
+    return reinterpret<Lanes<T, N>>(_mm512_maskz_loadu_epi64(static_cast<std::uint8_t>(mask), p));
+  }
+#endif
   Lanes<T, N> v{};
   __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
   return v;
 }
 template <class T, int N>
 inline void store_some(T* p, Lanes<T, N> v, int count) {
+#ifdef __AVX512F__
+  const auto mask = static_cast<std::uint16_t>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4 && N == 16) return _mm512_mask_storeu_epi32(p, mask, reinterpret<__m512i>(v));
+  if constexpr (sizeof(T) == 8 && N == 8) {
+    return _mm512_mask_storeu_epi64(p, static_cast<std::uint8_t>(mask), reinterpret<__m512i>(v));
+  }
+#endif
   __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
 }
 
@@ -162,13 +189,6 @@ inline Lanes<I, N> lane_numbers() {
   Lanes<I, N> numbers;
   for (int i = 0; i < N; ++i) numbers[i] = i;
   return numbers;
-}
-template <class To, class From>
-inline To reinterpret(From v) {
-  static_assert(sizeof(To) == sizeof(From));
-  To w;
-  __builtin_memcpy(&w, &v, sizeof w);
-  return w;
 }
 
 // Bit i is set where lane i of a comparison is true.

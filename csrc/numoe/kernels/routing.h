@@ -96,6 +96,7 @@ template <class T, int N>
 class TopK {
  public:
   static void run(Index n, Index k, const T* values, std::int32_t* best) {
+    if (n <= N && k <= 4) return take_maxima(static_cast<int>(n), k, values, best);
     Candidates<T, N> found;
     if (n <= 2 * k || n * n <= 64 * N) {
       take_all(n, values, found);
@@ -108,6 +109,21 @@ class TopK {
  private:
   using V = Lanes<T, N>;
   using Int = typename Float<T>::Int;
+
+  // One after the other, of as many values as a register holds.
+  static void take_maxima(int n, Index k, const T* values, std::int32_t* best) {
+    using I = Lanes<Int, N>;
+    const I gone = order_keys<T, N>(V{} + static_cast<T>(__builtin_nan("")));  // below everything
+    I keys = order_keys<T, N>(load_some<T, N>(values, n));
+    keys = lane_numbers<Int, N>() < n ? keys : gone;
+    unsigned left = (1u << n) - 1;
+    for (Index i = 0; i < k; ++i) {
+      const int lane = __builtin_ctz(lane_bits<Int, N>(keys == max_of<Int, N>(keys)) & left);
+      best[i] = lane;
+      left &= ~(1u << lane);
+      keys = lane_numbers<Int, N>() == lane ? gone : keys;
+    }
+  }
 
   static void take_all(Index n, const T* values, Candidates<T, N>& found) {
     for (Index i = 0; i < n; ++i) {
