@@ -109,7 +109,8 @@ Index rows_in_cache(Index depth) {
 template <class T, class S, bool pairs, class Use>
 void for_transposed(std::initializer_list<TransposedTerm<T, S, pairs>> terms, Use use) {
   constexpr Index cols_at_once = 96, most_rows = 256;  // whose sums fit a cache
-  const Index width = kernels<T>().tile_cols, part = unpacked_kernels<T, pairs>().unpacked_part;
+  const Index width = kernels<T>().tile_cols, least = habits().half_vectors ? 1 : width / 2;
+  const Index part = std::max(unpacked_kernels<T, pairs>().unpacked_part, least);
   const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
   const Index rows_at_once = std::min(most_rows, rows_in_cache<T>(terms.begin()->rows.depth));
   T* sums = scratch<T, 1>(rows_at_once * (cols_at_once + width));

@@ -220,6 +220,7 @@ struct Habits {
   bool row_by_row;          // prefetchers follow one row of a matrix far better than several
   Index lines_ahead;        // from which a carried one is asked for
   Route carrying;
+  bool half_vectors;  // are multiplied in half the time
 };
 const Habits& habits();
 
