@@ -67,7 +67,7 @@ struct Block {
   Carriage carriage(S* staged, Index tiles) const {
     constexpr Index number = sizeof(S);
     const Index lines_in_row = cols * number / Carry::line;
-    return Carriage({.route = habits().carrying,
+    return Carriage({.route = habits().to_stage,
                      .from = reinterpret_cast<const char*>(data),
                      .to = reinterpret_cast<char*>(staged),
                      .lines_in_row = lines_in_row,

@@ -218,9 +218,9 @@ struct Habits {
   Index rows_of_a_sweep;    // of a row-major matrix, by high tiles
   Index tiles_on_matrices;  // high tiles that read a row-major matrix where it is
   bool row_by_row;          // prefetchers follow one row of a matrix far better than several
-  Index lines_ahead;        // from which a carried one is asked for
-  Route carrying;
-  bool half_vectors;  // are multiplied in half the time
+  Index lines_ahead;        // a line that goes to a stage is asked for so many lines before
+  Route to_stage;           // and into which cache
+  bool half_vectors;        // half a 64-byte vector is multiplied in half the time
 };
 const Habits& habits();
 

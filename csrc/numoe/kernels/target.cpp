@@ -110,21 +110,21 @@ const Habits& habits() {
                                 .tiles_on_matrices = 8,
                                 .row_by_row = false,
                                 .lines_ahead = 64,
-                                .carrying = Route::through_l2,
+                                .to_stage = Route::through_l2,
                                 .half_vectors = true};
   static constexpr Habits intel{.streams = 1,
                                 .rows_of_a_sweep = 16,
                                 .tiles_on_matrices = 2,
                                 .row_by_row = false,
                                 .lines_ahead = 64,
-                                .carrying = Route::through_l2,
+                                .to_stage = Route::through_l2,
                                 .half_vectors = true};
   static constexpr Habits zen5{.streams = max_side_by_side,
                                .rows_of_a_sweep = 64,
                                .tiles_on_matrices = 1,
                                .row_by_row = true,
                                .lines_ahead = 128,
-                               .carrying = Route::through_l1,
+                               .to_stage = Route::through_l1,
                                .half_vectors = false};
   static const Habits& here = is_intel() ? intel : is_zen5() ? zen5 : usual;
   return here;
