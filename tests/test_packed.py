@@ -41,6 +41,17 @@ def test_packing_changes_no_bit(score, form, bias, gate, dtype):
         assert_bitwise_equal(packed(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(("d_model", "d_ff"), [(301, 333), (300, 1100), (1030, 67)])
+def test_packing_changes_no_bit_of_products_in_several_blocks(d_model, d_ff, dtype):
+    """Odd and even depths, whole panels and not; few rows that sweep over a matrix, many that fill stages."""
+    layer = numoe.MoELayer(d_model=d_model, d_ff=d_ff, num_experts=2, top_k=1, dtype=dtype, rng=0)
+    packed, rng = layer.pack(), np.random.default_rng(0)
+    for count in (3, 13, 30, 100, 400):
+        x = rng.standard_normal((count, d_model)).astype(layer.dtype)
+        assert_bitwise_equal(packed(x), layer(x), name=f"y of {count} tokens")
+
+
 @pytest.mark.parametrize(("score", "form", "bias", "gate"), FORMS)
 def test_bfloat16_is_the_layer_with_rounded_expert_weights(score, form, bias, gate):
     layer, rounded = make(score, form, bias, gate), make(score, form, bias, gate)

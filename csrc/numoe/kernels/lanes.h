@@ -50,6 +50,17 @@ struct Float<double> {
   static constexpr int exp_degree = 13;  // remainder < 2^-56
 };
 
+// The same pointer, of unknown origin: keeps the compiler from computing the addresses of all rows before the loop and
+// parking them on the stack.
+template <class T>
+inline T* forget(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// No load or store moves across: there are no registers to hold what is early.
+inline void in_order() { asm volatile("" ::: "memory"); }
+
 template <class To, class From>
 inline To reinterpret(From v) {
   static_assert(sizeof(To) == sizeof(From));
