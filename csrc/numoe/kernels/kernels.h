@@ -212,15 +212,16 @@ std::span<const KernelTable* const> kernel_tables();
 // The table in use.  Chosen once: NUMOE_TARGET if set (std::runtime_error if this CPU or build lacks it), else the best.
 const KernelTable& kernel_table();
 
-// How the cores of this CPU like to read matrices from memory, where one way is not better on all.
+// How the cores of this CPU like to read matrices from memory, where one way is not better on all.  As it stands: Zen 3 and 4.
 struct Habits {
-  Index streams;            // panels that are read side by side: one that is asked for ahead, or several that are not
-  Index rows_of_a_sweep;    // of a row-major matrix, by high tiles
-  Index tiles_on_matrices;  // high tiles that read a row-major matrix where it is
-  bool row_by_row;          // prefetchers follow one row of a matrix far better than several
-  Index lines_ahead;        // a line that goes to a stage is asked for so many lines before
-  Route to_stage;           // and into which cache
-  bool half_vectors;        // half a 64-byte vector is multiplied in half the time
+  // Panels that are read side by side: one that is asked for ahead, or several that are not.
+  Index streams = max_side_by_side;
+  Index rows_of_a_sweep = 64;          // of a row-major matrix, by high tiles
+  Index tiles_on_matrices = 8;         // high tiles that read a row-major matrix where it is
+  bool row_by_row = false;             // prefetchers follow one row of a matrix far better than several
+  Index lines_ahead = 64;              // a line that goes to a stage is asked for so many lines before
+  Route to_stage = Route::through_l2;  // and into which cache
+  bool half_vectors = true;            // half a 64-byte vector is multiplied in half the time
 };
 const Habits& habits();
 

@@ -110,7 +110,7 @@ class TopK {
   using V = Lanes<T, N>;
   using Int = typename Float<T>::Int;
 
-  // One after the other, of as many values as a register holds.
+  // One after the other, of as many values as a register holds: each costs a chain of shuffles, so only a few.
   static void take_maxima(int n, Index k, const T* values, std::int32_t* best) {
     using I = Lanes<Int, N>;
     const I gone = order_keys<T, N>(V{} + static_cast<T>(__builtin_nan("")));  // below everything

@@ -105,23 +105,9 @@ const KernelTable& kernel_table() {
 // draws 18.8 GB/s there, four streams 12 to 15, and a sweep over 64 rows half of one over 16; and on a Zen 5, where rows
 // one after the other give 39 GB/s, two side by side, 128 bytes of each in turns, 24 to 32, eight 22 to 27.
 const Habits& habits() {
-  static constexpr Habits usual{.streams = max_side_by_side,
-                                .rows_of_a_sweep = 64,
-                                .tiles_on_matrices = 8,
-                                .row_by_row = false,
-                                .lines_ahead = 64,
-                                .to_stage = Route::through_l2,
-                                .half_vectors = true};
-  static constexpr Habits intel{.streams = 1,
-                                .rows_of_a_sweep = 16,
-                                .tiles_on_matrices = 2,
-                                .row_by_row = false,
-                                .lines_ahead = 64,
-                                .to_stage = Route::through_l2,
-                                .half_vectors = true};
-  static constexpr Habits zen5{.streams = max_side_by_side,
-                               .rows_of_a_sweep = 64,
-                               .tiles_on_matrices = 1,
+  static constexpr Habits usual{};
+  static constexpr Habits intel{.streams = 1, .rows_of_a_sweep = 16, .tiles_on_matrices = 2};
+  static constexpr Habits zen5{.tiles_on_matrices = 1,
                                .row_by_row = true,
                                .lines_ahead = 128,
                                .to_stage = Route::through_l1,
