@@ -238,7 +238,8 @@ def test_an_exception_of_another_signal_comes_through() -> None:
         layer = numoe.MoELayer(d_model=256, d_ff=768, num_experts=8, top_k=1, rng=0)
         x = np.ones((60_000, 256), np.float32)
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        try: layer(x)
+        try:
+            while True: layer(x)  # one call may be over before
         except Alarm: print("rang", layer(x[:2]).shape)
     """)
     assert done.stdout == "rang (2, 256)\n", done.stderr
