@@ -143,6 +143,29 @@ def test_a_batch_in_pieces_has_the_bits_of_the_whole(name: str) -> None:
         assert_bitwise_equal(np.concatenate(pieces), whole)
 
 
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_experts_shared_out_to_threads_and_shared_by_them(weight_on: str) -> None:
+    """Two threads work off the rows of D numbers in portions: experts 0-7 apart, the huge one together, 9-15 apart."""
+    layer = numoe.MoELayer(d_model=1600, d_ff=5, num_experts=16, top_k=2, weight_on=weight_on, rng=0)
+    counts = np.array([600] * 8 + [9000] + [700] * 7)
+    chosen = np.random.default_rng(0).permutation(np.repeat(np.arange(16), counts))
+    indices = np.stack([chosen[:9350], chosen[9350:]], axis=1)
+    indices[indices[:, 0] == indices[:, 1], 1] = -1
+    weights = np.random.default_rng(1).random(indices.shape, np.float32)
+    x, dy = tokens(layer, len(indices)), tokens(layer, len(indices), seed=2)
+
+    def step(threads: int) -> dict[str, np.ndarray]:
+        numoe.set_num_threads(threads)
+        out = layer.forward(x, indices=indices, weights=weights)
+        grads = layer.backward(dy, out)
+        assert grads.weights is not None
+        return {"y": out.y, "dx": grads.x, "dweights": grads.weights} | grads.params
+
+    expected = step(1)
+    for threads in (2, 3):
+        assert_same(step(threads), expected)
+
+
 def test_a_batch_beyond_the_scratch_budget() -> None:
     """10,000 rows of 2,016 numbers are worked off in several portions of experts; one expert alone exceeds one."""
     layer = numoe.MoELayer(d_model=16, d_ff=2000, num_experts=4, top_k=2, rng=0)

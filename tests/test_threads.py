@@ -218,6 +218,7 @@ CTRL_C = """
         pytest.param("layer(x)", 8, 2, 1.6, id="inference"),
         pytest.param("backward", 8, 1, 1.6, id="backward"),
         pytest.param("backward", 1, 2, 8.0, id="long backward, one expert"),
+        pytest.param("backward", 2, 2, 8.0, id="long backward, an expert for each thread"),
     ],
 )
 def test_ctrl_c(call: str, experts: int, threads: int, work: float) -> None:

@@ -6,8 +6,10 @@
 // Where the target multiplies bfloat16 pairs, bfloat16 matrices are so multiplied for every number of rows, and the other
 // factor - rows of x, weighted where the weight goes on the input, hidden rows, rows of gradients - is rounded to bfloat16.
 //
-// No (M, 2F) and no (M, D) buffer exists in inference.  Threads own columns of the result and walk through the experts
-// in order, so skewed routing costs nothing and the bits depend neither on threads nor on other tokens.
+// No (M, 2F) buffer exists in inference, and rows of D are kept only until those of some experts are added up.  Threads
+// take whole experts where that shares out the work, and columns of all of them where it does not (schedule.h), so skewed
+// routing costs nothing; each token's rows are added in the order of experts, so the bits depend neither on threads nor on
+// other tokens.
 #pragma once
 
 #include "numoe/dispatch.h"

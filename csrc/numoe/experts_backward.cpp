@@ -1,3 +1,5 @@
+#include <optional>
+
 #include "numoe/forward.h"
 #include "numoe/matmul.h"
 #include "numoe/transposed.h"
@@ -26,12 +28,14 @@ class Backward : Pipeline<Compute<S>> {
            ExpertCache<const T> cache, const ExpertGrads<T>& grads)
       : Base(x, dispatch, weights, experts.d_model(), experts.d_ff(), options, combined, pairs),
         w_(experts),
-        forward_(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S, pairs>(experts),
-                 experts.biases()),
         dy_(dresult),
         cache_(cache),
         grads_(grads),
         panels_before_(static_cast<std::size_t>(dispatch.num_experts()) + 1) {
+    if (!cache) {
+      forward_.emplace(x, dispatch, weights, D_, F_, options, combined, RowMajorWeights<T, S, pairs>(experts),
+                       experts.biases());
+    }
     for (Index e = 0; e < dispatch.num_experts(); ++e) {
       const auto i = static_cast<std::size_t>(e);
       panels_before_[i + 1] = panels_before_[i] + num_panels(dispatch.rows(e), W_);
@@ -42,9 +46,10 @@ class Backward : Pipeline<Compute<S>> {
     clear(grads_.x);
     if (grads_.weights) std::fill_n(grads_.weights.data, grads_.weights.rows * grads_.weights.cols, T(0));
     if (grads_.store == GradStore::overwrite) clear_idle_experts();
-    const bool kept = static_cast<bool>(cache_);
-    for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, 2 * D_ + (kept ? 4 : 6) * F_)) {
-      const Index numbers = rows_of(range) * F_, again = kept ? 0 : numbers;
+    const Destination<T> to{.sums = grads_.x,
+                            .weights = this->weight_on(WeightOn::input) ? row_weight_.data() : nullptr};
+    this->for_ranges(2 * D_ + (cache_ ? 4 : 6) * F_, to, [&](const ExpertRange& range, const Destination<T>& here) {
+      const Index numbers = rows_of(range) * F_, again = cache_ ? 0 : numbers;
       Workspace<T, 4> hidden(numbers);
       Workspace<T, 5> dgate(w_.glu() ? numbers : 0);
       Workspace<T, 6> dup(numbers);
@@ -53,25 +58,25 @@ class Backward : Pipeline<Compute<S>> {
       touch_pages(dup.data(), numbers);
       touch_pages(gate_again.data(), w_.glu() ? again : 0);
       touch_pages(up_again.data(), again);
-      if (!kept) compute_again(range, gate_again.data(), up_again.data());
+      const auto cache = cache_ ? cache_ : compute_again(range, gate_again.data(), up_again.data());
       down_backward(range, dup.data());
-      activation_backward(range, hidden.data(), dgate.data(), dup.data());
+      activation_backward(range, cache, hidden.data(), dgate.data(), dup.data());
       weight_gradients(range, hidden.data(), dgate.data(), dup.data());
-      up_backward(range, dgate.data(), dup.data());
-    }
+      up_backward(range, dgate.data(), dup.data(), here);
+    });
   }
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
-  using Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_;
+  using Base::row_weight_, Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_;
 
   // The rows before the activation, as the forward had them.
-  void compute_again(const ExpertRange& range, T* gate, T* up) {
+  ExpertCache<const T> compute_again(const ExpertRange& range, T* gate, T* up) const {
     const Index first = dispatch_.begin(range.begin) * F_;  // the cache is addressed by rows of the whole dispatch
     const auto view = [&](T* data) { return MatrixView<T>{data - first, dispatch_.num_rows(), F_, F_}; };
     const ExpertCache<T> cache{w_.glu() ? view(gate) : MatrixView<T>{}, view(up)};
-    forward_.up(range, cache, nullptr);
-    cache_ = {cache.gate, cache.up};
+    forward_->up(range, cache, nullptr);
+    return {cache.gate, cache.up};
   }
 
   // Whether gradients are so many bytes that they would only push useful things out of the caches.
@@ -136,7 +141,7 @@ class Backward : Pipeline<Compute<S>> {
   void down_backward(const ExpertRange& range, T* dh) {
     Workspace<T, 13> dout(panels_start(range, range.end, depth_of(D_, pairs)));
     pack_token_panels(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
-    const Index block = this->columns_per_task(D_, F_, this->most_rows(range));
+    const Index block = this->columns_per_task(D_, F_, range);
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
@@ -150,21 +155,21 @@ class Backward : Pipeline<Compute<S>> {
   }
 
   // h = act(gate) * up  ⇒  dgate, dup; and dweight where the weight is on the output.  dh comes in `dup`.
-  void activation_backward(const ExpertRange& range, T* hidden, T* dgate, T* dup) {
+  void activation_backward(const ExpertRange& range, const ExpertCache<const T>& cache, T* hidden, T* dgate, T* dup) {
     constexpr Index rows_per_task = 16;
     const Index first = dispatch_.begin(range.begin);
     parallel_ranges(rows_of(range), rows_per_task, [&](Index begin, Index end) {
       Index e = range.begin;
       for (Index i = begin; i < end; ++i) {
         while (dispatch_.begin(e + 1) <= first + i) ++e;
-        activation_backward_row(e, first + i, hidden + i * F_, dgate + (w_.glu() ? i * F_ : 0), dup + i * F_);
+        activation_backward_row(cache, e, first + i, hidden + i * F_, dgate + (w_.glu() ? i * F_ : 0), dup + i * F_);
       }
     });
   }
 
-  void activation_backward_row(Index e, Index row, T* h, T* dgate, T* dup) {
-    const T* pre = w_.glu() ? cache_.gate.row(row) : cache_.up.row(row);
-    const T* linear = w_.glu() ? cache_.up.row(row) : nullptr;
+  void activation_backward_row(const ExpertCache<const T>& cache, Index e, Index row, T* h, T* dgate, T* dup) {
+    const T* pre = w_.glu() ? cache.gate.row(row) : cache.up.row(row);
+    const T* linear = w_.glu() ? cache.up.row(row) : nullptr;
     const bool weighted = this->weight_on(WeightOn::output);
     T dweight = kernel_.activate_backward(options_.activation, F_, weighted ? this->row_weight_[row] : T(1), pre,
                                           linear, dup, h, w_.glu() ? dgate : dup, dup);
@@ -264,7 +269,7 @@ class Backward : Pipeline<Compute<S>> {
   }
 
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
-  void up_backward(const ExpertRange& range, const T* dgate, const T* dup) {
+  void up_backward(const ExpertRange& range, const T* dgate, const T* dup, Destination<T> to) {
     const Index numbers = panels_start(range, range.end, depth_of(F_, pairs));
     Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
     Workspace<T, 9> packed_dup(numbers);
@@ -274,55 +279,50 @@ class Backward : Pipeline<Compute<S>> {
     pack_token_panels(range, rows(dup), F_, packed_dup.data());
     if (w_.glu()) pack_token_panels(range, rows(dgate), F_, packed_dgate.data());
     const bool weighted = this->weight_on(WeightOn::input);
-    Workspace<T, 10> dinput(weighted ? rows_of(range) * D_ : 0);  // (rows, D), for ⟨dinput, x⟩
-    const Index block = this->columns_per_task(2 * F_, D_, this->most_rows(range));
+    Workspace<T, 10> dinput(weighted && !to.rows ? rows_of(range) * D_ : 0);
+    if (weighted && !to.rows) {
+      to.rows = {dinput.data() - dispatch_.begin(range.begin) * D_, dispatch_.num_rows(), D_, D_};
+    }
+    const Index block = this->columns_per_task(2 * F_, D_, range);
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {
         if (dispatch_.rows(e) == 0) continue;
         const TokenPanels<T> up = token_panels(packed_dup.data(), range, e, F_);
         const TokenPanels<T> gate = w_.glu() ? token_panels(packed_dgate.data(), range, e, F_) : up;
-        up_backward_columns(e, col, cols, gate, up, weighted ? dinput.data() + start(range, e, D_) : nullptr);
+        up_backward_columns(e, col, cols, gate, up, to);
       }
     });
-    if (weighted) input_weight_gradients(range, dinput.data());
+    if (weighted) input_weight_gradients(range, to.rows);
   }
 
   void up_backward_columns(Index e, Index col, Index cols, const TokenPanels<T>& dgate, const TokenPanels<T>& dup,
-                           T* dinput) {
+                           const Destination<T>& to) {
     const Term up{dup, w_.up[e].row_range(col, col + cols)};
-    const auto add = [&](Index row, Index panel_col, MatrixView<T> sums) {
-      add_to_dx(e, row, col + panel_col, sums, dinput);
+    const auto use = [&](Index row, Index panel_col, MatrixView<T> sums) {
+      this->deliver(to, e, row, col + panel_col, sums);
     };
     if (w_.glu()) {
-      for_transposed({up, Term{dgate, w_.gate[e].row_range(col, col + cols)}}, add);
+      for_transposed({up, Term{dgate, w_.gate[e].row_range(col, col + cols)}}, use);
     } else {
-      for_transposed({up}, add);
-    }
-  }
-
-  void add_to_dx(Index e, Index row, Index col, MatrixView<T> sums, T* dinput) {
-    kernel_.add_rows(sums.rows, sums.cols, dinput ? this->weights_of_rows(e) + row : nullptr, sums.data, sums.stride,
-                     tokens(e) + row, grads_.x.data + col, grads_.x.stride);
-    for (Index r = 0; dinput && r < sums.rows; ++r) {
-      std::copy_n(sums.row(r), sums.cols, dinput + (row + r) * D_ + col);
+      for_transposed({up}, use);
     }
   }
 
   // input = weight * x  ⇒  dweight = ⟨dinput, x⟩
-  void input_weight_gradients(const ExpertRange& range, const T* dinput) {
+  void input_weight_gradients(const ExpertRange& range, MatrixView<const T> dinput) {
     const Index first = dispatch_.begin(range.begin);
     parallel_ranges(rows_of(range), 64, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const auto row = static_cast<std::size_t>(first + i);
         grads_.weights.data[dispatch_.row_assignment[row]] =
-            kernel_.dot(D_, dinput + i * D_, x_.row(dispatch_.row_token[row]));
+            kernel_.dot(D_, dinput.row(first + i), x_.row(dispatch_.row_token[row]));
       }
     });
   }
 
   const ExpertWeights<S>& w_;
-  Forward<T, RowMajorWeights<T, S, pairs>> forward_;  // for what was not kept
+  std::optional<Forward<T, RowMajorWeights<T, S, pairs>>> forward_;  // for what was not kept
   MatrixView<const T> dy_;
   ExpertCache<const T> cache_;
   const ExpertGrads<T>& grads_;

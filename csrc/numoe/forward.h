@@ -77,13 +77,15 @@ class Forward : Pipeline<T> {
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);
     for (const MatrixView<T>& pre : {cache.gate, cache.up}) touch_pages(pre.data, pre.rows * pre.cols);
-    for (const ExpertRange& range : ranges_of_experts<T>(dispatch_, packed_size(D_) + packed_size(F_))) {
+    Destination<T> to{.weights = this->weight_on(WeightOn::output) ? row_weight_.data() : nullptr};
+    (combined_ ? to.sums : to.rows) = result;
+    this->for_ranges(packed_size(D_) + packed_size(F_), to, [&](const ExpertRange& range, const Destination<T>& here) {
       const Index numbers = rows_of(range) * packed_size(F_);
       Workspace<T, 4> hidden(numbers);
       touch_pages(hidden.data(), numbers);
       up(range, cache, hidden.data());
-      down(range, hidden.data(), result);
-    }
+      down(range, hidden.data(), here);
+    });
   }
 
   // cache.gate = x · w_gate + b_gate, cache.up = x · w_up + b_up, and
@@ -91,8 +93,8 @@ class Forward : Pipeline<T> {
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
     Workspace<T, 13> inputs(rows_of(range) * packed_size(D_));
     this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
-    const Index block = Weights::in_rows ? this->columns_per_task(2 * D_, F_, range)
-                                         : this->columns_per_task(2 * D_, F_, this->most_rows(range));
+    const Index block =
+        Weights::in_rows ? this->long_columns_per_task(2 * D_, F_, range) : this->columns_per_task(2 * D_, F_, range);
     this->for_pieces(
         range, [&](Index) { return (F_ + block - 1) / block; },
         [&](Index e, Index piece) {
@@ -104,7 +106,7 @@ class Forward : Pipeline<T> {
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
-  using Base::packed_size, Base::rows_of, Base::start, Base::tiles, Base::tokens;
+  using Base::packed_size, Base::row_weight_, Base::rows_of, Base::start, Base::tiles, Base::tokens;
 
   // Expert e's rows of `depth` numbers, in a buffer for the experts of `range`.
   PackedRows<T> packed_rows(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
@@ -191,36 +193,24 @@ class Forward : Pipeline<T> {
     }
   }
 
-  // result (+)= weight * (hidden · w_down + b_down); a task owns its columns and takes the experts in order
-  void down(const ExpertRange& range, const T* hidden, MatrixView<T> result) const {
-    const Index block = this->columns_per_task(F_, D_, this->most_rows(range));
+  // hidden · w_down + b_down; a task owns its columns and takes the experts in order
+  void down(const ExpertRange& range, const T* hidden, const Destination<T>& to) const {
+    const Index block = this->columns_per_task(F_, D_, range);
     parallel_for((D_ + block - 1) / block, [&](Index task) {
       const Index col = task * block, cols = std::min(block, D_ - col);
       for (Index e = range.begin; e < range.end; ++e) {
         if (dispatch_.rows(e) == 0) continue;
-        down_columns(e, col, cols, packed_rows(hidden, range, e, F_), result);
+        down_columns(e, col, cols, packed_rows(hidden, range, e, F_), to);
       }
     });
   }
 
-  void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, MatrixView<T> result) const {
+  void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, const Destination<T>& to) const {
     const auto down = matrices_.down(e, col, cols);
     for_panels(hidden, down, cols, [&](Index row, Index panel_col, MatrixView<T> sums) {
-      add_to_result(e, row, col + panel_col, sums, result);
+      if (bias_.down) add_bias(bias_.down.row(e) + col + panel_col, sums.cols, sums.rows, sums.data, sums.stride);
+      this->deliver(to, e, row, col + panel_col, sums);
     });
-  }
-
-  void add_to_result(Index e, Index row, Index col, MatrixView<T> sums, MatrixView<T> result) const {
-    if (bias_.down) add_bias(bias_.down.row(e) + col, sums.cols, sums.rows, sums.data, sums.stride);
-    if (combined_) {
-      const T* weights = this->weight_on(WeightOn::output) ? this->weights_of_rows(e) + row : nullptr;
-      kernel_.add_rows(sums.rows, sums.cols, weights, sums.data, sums.stride, tokens(e) + row, result.data + col,
-                       result.stride);
-      return;
-    }
-    for (Index r = 0; r < sums.rows; ++r) {
-      std::copy_n(sums.row(r), sums.cols, result.row(dispatch_.begin(e) + row + r) + col);
-    }
   }
 
   Weights matrices_;

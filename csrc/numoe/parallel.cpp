@@ -135,13 +135,16 @@ thread_local bool is_helper = false;          // started by the pool
 thread_local Clock::time_point last_check{};  // outlives a call: many short calls in a row are checked too
 std::atomic<void (*)()> interrupt_check{nullptr};
 
+bool time_to_check() {
+  const auto now = Clock::now();
+  if (now - last_check < kCheckInterval) return false;
+  last_check = now;
+  return true;
+}
+
 void poll_interrupt() {
   const auto check = interrupt_check.load(std::memory_order_relaxed);
-  if (check == nullptr || is_helper) return;
-  const auto now = Clock::now();
-  if (now - last_check < kCheckInterval) return;
-  last_check = now;
-  check();
+  if (check != nullptr && !is_helper && time_to_check()) check();
 }
 
 // Rounding mode and treatment of denormals.
@@ -180,6 +183,9 @@ struct Job {
   void* context = nullptr;
 };
 
+// Leaves the inner loops of a helper's task: somebody's exception is on its way to the caller.
+struct Skipped {};
+
 // Takes a flag if it is free. A mutex would not do: a nested call may ask for what its own thread holds.
 class Claim {
  public:
@@ -204,6 +210,9 @@ class Pool {
  public:
   // False: the pool is busy, or there is nobody to help.
   bool try_run(const Job& job, int max_workers);
+  // A helper's stop between the inner tasks of its task, which may be many: it leaves if the rest is skipped, and now and
+  // then wakes the caller, who may have to look for signals.
+  void pause_inside();
 
  private:
   static constexpr std::uint32_t kSeat = 1U << 16, kInside = kSeat - 1;
@@ -211,9 +220,13 @@ class Pool {
 
   void open(const Job& job, int helpers);
   void take_tasks(int worker);
-  void skip_the_rest() { next_ = static_cast<std::size_t>(job_.num_tasks); }
+  void skip_the_rest() {
+    skipped_ = true;
+    next_ = static_cast<std::size_t>(job_.num_tasks);
+  }
   void close_door() { door_ &= kInside; }
-  void wait_for_helpers();
+  template <class Meanwhile>
+  void wait_for_helpers(Meanwhile meanwhile);
   int start_helpers(int wanted);
   void live_as_helper();
   void help(int worker);
@@ -226,10 +239,11 @@ class Pool {
   alignas(kLine) Job job_;
   FloatMode float_mode_;
   std::exception_ptr error_;  // the first exception of a helper
-  std::atomic<bool> has_error_{false};
+  std::atomic<bool> has_error_{false}, skipped_{false};
   alignas(kLine) std::atomic<std::size_t> next_{0};    // unsigned: may pass num_tasks by one per worker
   alignas(kLine) std::atomic<std::uint32_t> door_{0};  // helpers park on it
-  std::atomic<std::uint32_t> departures_{0};           // times the last helper has left; the caller parks on it
+  std::atomic<std::uint32_t> news_{
+      0};  // counts up when the last helper has left, or somebody should look; the caller parks on it
 };
 
 bool Pool::try_run(const Job& job, int max_workers) {
@@ -240,11 +254,11 @@ bool Pool::try_run(const Job& job, int max_workers) {
   try {
     open(job, helpers);
     take_tasks(0);
-    wait_for_helpers();
+    wait_for_helpers(poll_interrupt);
     poll_interrupt();
   } catch (...) {  // must rethrow: pthread_exit, by which Python ends daemon threads, passes here too
     skip_the_rest();
-    wait_for_helpers();
+    wait_for_helpers([] {});
     throw;
   }
   if (has_error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -256,6 +270,7 @@ void Pool::open(const Job& job, int helpers) {
   float_mode_.read();
   error_ = nullptr;
   has_error_ = false;
+  skipped_ = false;
   next_ = 0;
   may_spin_ = helpers < cpu_count();
   door_ = static_cast<std::uint32_t>(helpers) * kSeat;
@@ -276,14 +291,16 @@ void Pool::take_tasks(int worker) {
   }
 }
 
-void Pool::wait_for_helpers() {
+template <class Meanwhile>
+void Pool::wait_for_helpers(Meanwhile meanwhile) {
   close_door();
   const auto all_left = [this] { return door_ == 0; };
   if (may_spin_ && spin_until(all_left)) return;
   for (;;) {
-    const std::uint32_t seen = departures_;  // before the look at the door: what comes later ends the wait
+    const std::uint32_t seen = news_;  // before the look at the door: what comes later ends the wait
     if (all_left()) return;
-    departures_.wait(seen);
+    meanwhile();
+    news_.wait(seen);
   }
 }
 
@@ -316,15 +333,23 @@ void Pool::help(int worker) {
   float_mode_.apply();
   try {
     take_tasks(worker);
+  } catch (const Skipped&) {
   } catch (...) {
     if (!has_error_.exchange(true)) error_ = std::current_exception();
     skip_the_rest();
   }
   close_door();  // before leaving: there is nothing left to come in for
   if (--door_ == 0) {
-    ++departures_;
-    departures_.notify_one();
+    ++news_;
+    news_.notify_one();
   }
+}
+
+void Pool::pause_inside() {
+  if (skipped_) throw Skipped{};
+  if (!time_to_check()) return;
+  ++news_;
+  news_.notify_one();
 }
 
 // Never destroyed: its threads still sleep in it when the process ends. Without lock or guard, so that it is in
@@ -364,7 +389,7 @@ void detail::run_tasks(Index num_tasks, int max_workers, RunTask run, void* cont
   const int workers = static_cast<int>(std::min<Index>(num_tasks, std::min(max_workers, kMaxThreads)));
   if (workers > 1 && !is_helper && pool().try_run({num_tasks, run, context}, workers)) return;
   for (Index task = 0; task < num_tasks; ++task) {
-    poll_interrupt();
+    is_helper ? pool().pause_inside() : poll_interrupt();
     run(context, task, 0);
   }
 }

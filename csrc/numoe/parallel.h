@@ -16,7 +16,8 @@
 // - After fork() the child starts a pool of its own. (Forking inside a task or the interrupt check is not supported.)
 // - Tasks run in the caller's floating point mode (rounding, denormals), whichever thread runs them.
 //
-// A task should last between 5 us (less is not worth handing out) and 50 ms (Ctrl-C waits for its end).
+// A task should last between 5 us (less is not worth handing out) and 50 ms (Ctrl-C waits for its end), or consist of nested
+// calls whose tasks do.
 #pragma once
 
 #include <algorithm>
