@@ -269,25 +269,26 @@ void pack_rounded_panel(const Operand<T>& a, Index row, Index count, Index depth
   kernels<T>().transpose(size, count, rows, packed, kernels<T>().tile_cols);
 }
 
-// Columns [col, col + cols) of `rows` rows of a, two rows a pair, rounded → [ceil(rows / 2)][cols], `stride` apart.
+// Columns [col, col + cols) of rows r and r + 1 of a's `rows`, rounded → `cols` pairs; a row after the last counts as 0.
 template <class T>
-void zip_rows(const Operand<T>& a, Index rows, Index col, Index cols, T* packed, Index stride) {
-  const auto factor = [&](Index r) { return a.row_scale && r < rows ? a.row_scale[r] : T(1); };
-  for (Index r = 0; r < rows; r += 2, packed += stride) {
-    const T* odd = r + 1 < rows ? a.row(r + 1) + col : nullptr;
-    kernels<T>().pairs.zip_rounded(cols, factor(r), a.row(r) + col, factor(r + 1), odd, packed);
-  }
+void zip_two_rows(const Operand<T>& a, Index rows, Index r, Index col, Index cols, T* pairs) {
+  const auto factor = [&](Index row) { return a.row_scale && row < rows ? a.row_scale[row] : T(1); };
+  const T* odd = r + 1 < rows ? a.row(r + 1) + col : nullptr;
+  kernels<T>().pairs.zip_rounded(cols, factor(r), a.row(r) + col, factor(r + 1), odd, pairs);
 }
 
-// The same columns → panels [size][W] of row_size(rows) pairs, padded with zeros.
+// Columns [col, col + cols) of `rows` rows of a, zipped → panels [size][W] of row_size(rows) pairs, padded with zeros.  Row by
+// row, as memory likes it.
 template <class T>
 void pack_zipped_panels(const Operand<T>& a, Index rows, Index col, Index cols, T* packed) {
   const Index width = kernels<T>().tile_cols, pairs = depth_of(rows, true), size = row_size<T>(rows, true);
-  for (Index j = 0; j < cols; j += width, packed += size * width) {
-    const Index valid = std::min(width, cols - j);
-    if (valid < width) std::fill_n(packed, pairs * width, T(0));
-    zip_rows(a, rows, col + j, valid, packed, width);
-    std::fill_n(packed + pairs * width, (size - pairs) * width, T(0));
+  for (Index r = 0; r < size; ++r) {
+    for (Index j = 0; j < cols; j += width) {
+      T* const target = packed + (j * size + r * width);
+      const Index valid = r < pairs ? std::min(width, cols - j) : 0;
+      if (valid > 0) zip_two_rows(a, rows, 2 * r, col + j, valid, target);
+      std::fill_n(target + valid, width - valid, T(0));
+    }
   }
 }
 
@@ -297,7 +298,7 @@ void pack_zipped_tiles(const Operand<T>& a, Index rows, const RowTiles& tiles, T
   const Index together = kernels<T>().pairs.together, pairs = depth_of(rows, true), size = row_size<T>(rows, true);
   const Index first = tiles.begin(range.begin), cols = tiles.begin(range.end) - first;
   T* const zipped = scratch<T, 2>(size * cols);
-  zip_rows(a, rows, first, cols, zipped, cols);
+  for (Index r = 0; r < pairs; ++r) zip_two_rows(a, rows, 2 * r, first, cols, zipped + r * cols);
   std::fill_n(zipped + pairs * cols, (size - pairs) * cols, T(0));
   if (together == 1) return pack_tiles(Operand<T>{zipped - first, 1, cols}, tiles, range, size, packed);
   for (Index i = range.begin; i < range.end; ++i) {
