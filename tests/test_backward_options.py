@@ -171,3 +171,24 @@ def test_parameters_and_read_only_arrays_are_no_place_for_gradients() -> None:
     grads.params["w_up"].flags.writeable = False
     with pytest.raises(ValueError, match=r"into.params\['w_up'\] must be C-contiguous and writable"):
         layer.backward(problem.dy, out, into=grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, g: p, r"into\['w_gate'\] shares memory with params\['w_gate'\]"),
+        (lambda p, g: g | {"w_down": p["w_up"].reshape(8, 67, 37)}, r"into\['w_down'\] .* params\['w_up'\]"),
+        (lambda p, g: g | {"w_up": g["w_gate"]}, r"into\['w_up'\] shares memory with into\['w_gate'\]"),
+    ],
+)
+def test_experts_backward_overwrites_nothing_else(change: Any, message: str) -> None:
+    layer, problem, out = setup(10, dtype="float32")
+    params, plan, config = layer.params, out.dispatch, layer.config.experts
+    x, dy = problem.x.astype(np.float32), problem.dy.astype(np.float32)
+    _, cache = numoe.experts_forward(x, plan, params, config, combined=True)
+    _, _, grads = numoe.experts_backward(dy, x, plan, params, config, cache, combined=True)
+    before = {name: value.copy() for name, value in params.items()}
+    with pytest.raises(ValueError, match=message):
+        numoe.experts_backward(dy, x, plan, params, config, cache, combined=True, into=change(params, grads))
+    for name, value in before.items():
+        assert_bitwise_equal(params[name], value, name=name)

@@ -221,6 +221,16 @@ def test_masked_tokens_do_not_count_for_capacity() -> None:
 # ── sizes
 
 
+@pytest.mark.parametrize("priority", ["probability", "batch"])
+def test_many_tokens_are_admitted_by_weight(priority: str) -> None:
+    """So many that they are sorted in pieces, with many equal weights, whose order is that of their places."""
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.integers(0, 3, 150_001), rng.integers(3, 6, 150_001)], axis=1).astype(np.int32)
+    case = Case(6, indices, rng.integers(0, 50, indices.shape) / 50)
+    plan = case.plan(capacity=20_000, drop_priority=priority)
+    assert kept_set(plan) == oracle_kept(case, 20_000, priority, 0, len(indices))
+
+
 @pytest.mark.parametrize("E", [1, 255, 256, 257, 2048, 100_000])
 def test_many_experts(E: int) -> None:
     rng = np.random.default_rng(E)

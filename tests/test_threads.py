@@ -230,6 +230,31 @@ def test_ctrl_c(call: str, experts: int, threads: int, work: float) -> None:
     assert float(done.stdout) < 0.3 + 0.1
 
 
+@pytest.mark.parametrize("priority", ["probability", "batch"])
+def test_ctrl_c_while_weights_are_sorted(priority: str) -> None:
+    done = python(f"""
+        import signal, time
+        rng = np.random.default_rng(0)
+        weights = rng.random((6_000_000, 2), np.float32)
+        indices = np.stack([rng.integers(0, 4, len(weights)), rng.integers(4, 8, len(weights))], 1).astype(np.int32)
+        router = numoe.RouterConfig(num_experts=8, top_k=2)
+        limit = numoe.DispatchConfig(capacity=1000, drop_priority="{priority}")
+        sent = [0.0]
+        def press():
+            sent[0] = time.process_time()
+            os.kill(os.getpid(), signal.SIGINT)
+        numoe.set_num_threads(1)
+        threading.Timer(0.2, press).start()
+        try:
+            numoe.dispatch(numoe.Routing(indices=indices, weights=weights), router, limit)
+            sys.exit("it ended before the signal")
+        except KeyboardInterrupt:
+            print(time.process_time() - sent[0])
+    """)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(done.stdout) < 0.3 + 0.1
+
+
 def test_an_exception_of_another_signal_comes_through() -> None:
     done = python("""
         import signal

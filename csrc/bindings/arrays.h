@@ -84,12 +84,12 @@ struct Output {
   py::array_t<T> array;
   T* data() { return array.mutable_data(); }
   MatrixView<T> matrix() { return {data(), array.shape(0), array.shape(1), array.shape(1)}; }
-  Tensor3View<T> tensor() { return {data(), array.shape(0), array.shape(1), array.shape(2)}; }
   std::span<T> span() { return {data(), static_cast<std::size_t>(array.size())}; }
 };
 
-// Shape letters → sizes, bound by the first array that uses a letter and checked against every later one.  Letters and
-// names are string literals; an array that fits costs no allocation.
+// Shape letters → sizes, bound by the first array that uses a letter and checked against every later one; and where the arrays
+// are, because one that is written may share memory with none before it.  Letters and names are string literals; an array that
+// fits costs no allocation.
 class Dims {
  public:
   void bind(const char* letter, Index size) {
@@ -172,11 +172,15 @@ class Dims {
   }
 
  private:
-  static constexpr int max_letters = 16;
+  static constexpr int max_letters = 16, max_arrays = 32;
   struct Entry {
     std::string_view letter;
     Index size = 0;
     const char* from = nullptr;  // the array that bound it
+  };
+  struct Memory {
+    const char *begin = nullptr, *end = nullptr;
+    const char* array = nullptr;  // its name
   };
 
   template <class F>
@@ -226,6 +230,20 @@ class Dims {
     py::ssize_t axis = 0;
     for_letters(letters, [&](std::string_view letter) { check_axis(array, name, letters, letter, axis++); });
     check_memory(array, name, written);
+    check_overlap(
+        {static_cast<const char*>(array.data()), static_cast<const char*>(array.data()) + array.nbytes(), name},
+        written);
+  }
+
+  void check_overlap(const Memory& here, bool written) {
+    for (int i = 0; written && i < num_arrays_; ++i) {
+      if (here.begin < arrays_[i].end && arrays_[i].begin < here.end) {
+        throw py::value_error(std::string(here.array) + " shares memory with " + arrays_[i].array +
+                              " and would overwrite it; pass an array of its own");
+      }
+    }
+    if (num_arrays_ == max_arrays) throw std::length_error("too many arrays");
+    arrays_[num_arrays_++] = here;
   }
 
   void check_axis(const py::array& array, const char* name, const char* letters, std::string_view letter,
@@ -257,6 +275,8 @@ class Dims {
 
   Entry entries_[max_letters];
   int count_ = 0;
+  Memory arrays_[max_arrays];
+  int num_arrays_ = 0;
 };
 
 }  // namespace numoe::bindings

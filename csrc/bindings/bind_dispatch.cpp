@@ -49,7 +49,9 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
     const auto groups = capacity_groups(dims.optional_matrix<std::int64_t>(groups_, "groups", "G 3"), dims["T"]);
     const auto array = Dims::as_array(weights_, "weights");
     with_dtype(array, [&]<class T>() {
-      keep_within_capacity(indices, dims.matrix<T>(array, "weights", "T K"), num_experts, groups, priority, kept);
+      const auto weights = dims.matrix<T>(array, "weights", "T K");
+      ReleasedGil nogil;
+      keep_within_capacity(indices, weights, num_experts, groups, priority, kept);
     });
     count_assignments(indices, kept, offset.subspan(1));
   }
@@ -58,7 +60,12 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
   auto row_token = dims.empty<std::int32_t>("M");
   auto row_assignment = dims.empty<std::int32_t>("M");
   auto assignment_row = dims.empty<std::int32_t>("T K");
-  sort_by_expert(indices, kept, offset, row_token.span(), row_assignment.span(), assignment_row.matrix());
+  const auto tokens = row_token.span(), assignments = row_assignment.span();
+  const auto rows = assignment_row.matrix();
+  {
+    ReleasedGil nogil;
+    sort_by_expert(indices, kept, offset, tokens, assignments, rows);
+  }
   return py::make_tuple(offsets.array, row_token.array, row_assignment.array, assignment_row.array);
 }
 

@@ -69,29 +69,33 @@ class GradArrays {
     grads.store = accumulate                       ? GradStore::accumulate
                   : mostly_busy || !into.is_none() ? GradStore::overwrite
                                                    : GradStore::fresh;
-    if (glu) grads.gate = tensor("w_gate", "E D F");
-    grads.up = tensor("w_up", "E D F");
-    grads.down = tensor("w_down", "E F D");
+    if (glu) grads.gate = tensor({"w_gate", "into['w_gate']"}, "E D F");
+    grads.up = tensor({"w_up", "into['w_up']"}, "E D F");
+    grads.down = tensor({"w_down", "into['w_down']"}, "E F D");
     if (!biased) return;
-    if (glu) grads.gate_bias = matrix("b_gate", "E F");
-    grads.up_bias = matrix("b_up", "E F");
-    grads.down_bias = matrix("b_down", "E D");
+    if (glu) grads.gate_bias = matrix({"b_gate", "into['b_gate']"}, "E F");
+    grads.up_bias = matrix({"b_up", "into['b_up']"}, "E F");
+    grads.down_bias = matrix({"b_down", "into['b_down']"}, "E D");
   }
 
  private:
-  py::array array(const char* name, const char* letters) {
+  struct Name {
+    const char *key, *argument;
+  };
+
+  py::array array(const Name& name, const char* letters) {
     const py::array found = into_.is_none() ? line_aligned(make_, dims_.shape(letters), py::dtype::of<T>())
-                                            : Dims::as_array(into_[name], name);
-    params[name] = found;
+                                            : Dims::as_array(into_[name.key], name.argument);
+    params[name.key] = found;
     return found;
   }
-  Tensor3View<T> tensor(const char* name, const char* letters) {
+  Tensor3View<T> tensor(const Name& name, const char* letters) {
     py::array found = array(name, letters);
-    return dims_.output_tensor<T>(found, name, letters);
+    return dims_.output_tensor<T>(found, name.argument, letters);
   }
-  MatrixView<T> matrix(const char* name, const char* letters) {
+  MatrixView<T> matrix(const Name& name, const char* letters) {
     py::array found = array(name, letters);
-    return dims_.output_matrix<T>(found, name, letters);
+    return dims_.output_matrix<T>(found, name.argument, letters);
   }
 
   Dims& dims_;

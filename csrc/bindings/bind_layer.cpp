@@ -1,10 +1,9 @@
 #include "bindings/dispatch_arrays.h"
 #include "bindings/expert_weights.h"
+#include "bindings/options.h"
 #include "numoe/layer.h"
 
 namespace numoe::bindings {
-
-void check_options(const RouterOptions& options, Index num_experts);
 
 namespace {
 

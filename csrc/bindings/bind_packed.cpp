@@ -3,11 +3,10 @@
 
 #include "bindings/dispatch_arrays.h"
 #include "bindings/expert_weights.h"
+#include "bindings/options.h"
 #include "numoe/layer.h"
 
 namespace numoe::bindings {
-
-void check_options(const RouterOptions& options, Index num_experts);
 
 namespace {
 
@@ -57,7 +56,7 @@ py::array run_forward(const PackedLayer<S>& layer, const py::array& x, Index tok
   using T = Compute<S>;
   const Index D = layer.d_model();
   check_assignments(tokens, layer.top_k());
-  Output<T> y{py::array_t<T>(py::array::ShapeContainer(x.shape(), x.shape() + x.ndim()))};
+  Output<T> y{uninitialised<T>(std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()))};
   const MatrixView<const T> from{static_cast<const T*>(x.data()), tokens, D, D};
   const MatrixView<T> to{y.data(), tokens, D, D};
   {

@@ -1,4 +1,4 @@
-// numoe._core: four topics, threads and targets.  Private; the public functions are Python.
+// numoe._core: what the bind_*.cpp bind, threads and targets.  Private; the public functions are Python.
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"

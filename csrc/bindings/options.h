@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/arrays.h"
+#include "numoe/router.h"
 
 namespace numoe::bindings {
 
@@ -16,5 +17,8 @@ Enum parse(const std::string& name, const char* argument, std::initializer_list<
   }
   throw py::value_error(std::string(argument) + "='" + name + "' is unknown");
 }
+
+// ValueError if a router with these options cannot choose among so many experts.
+void check_options(const RouterOptions& options, Index num_experts);
 
 }  // namespace numoe::bindings

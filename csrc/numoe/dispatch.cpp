@@ -15,6 +15,22 @@ namespace {
 
 constexpr Index numbers_per_task = 1 << 16;  // added or multiplied: some 20 us
 
+// std::stable_sort in pieces, which several threads sort and Ctrl-C need not wait for.
+template <class Before>
+void sort_stably(std::vector<Index>& values, Before before) {
+  constexpr Index piece = 1 << 16;
+  const auto size = static_cast<Index>(values.size());
+  const auto at = [&](Index i) { return values.begin() + std::min(i, size); };
+  parallel_for((size + piece - 1) / piece,
+               [&](Index i) { std::stable_sort(at(i * piece), at((i + 1) * piece), before); });
+  for (Index sorted = piece; sorted < size; sorted *= 2) {
+    parallel_for((size + 2 * sorted - 1) / (2 * sorted), [&](Index i) {
+      const Index begin = 2 * i * sorted;
+      std::inplace_merge(at(begin), at(begin + sorted), at(begin + 2 * sorted), before);
+    });
+  }
+}
+
 // One capacity group under construction: free places per expert, and the rule "first come, first served".
 template <class T>
 class Admission {
@@ -62,8 +78,7 @@ class Admission {
     const Index K = indices_.cols;
     std::vector<Index> order(static_cast<std::size_t>((group.end - group.begin) * K));
     std::iota(order.begin(), order.end(), group.begin * K);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](Index a, Index b) { return above(weights_(a / K, a % K), weights_(b / K, b % K)); });
+    sort_stably(order, [&](Index a, Index b) { return above(weights_(a / K, a % K), weights_(b / K, b % K)); });
     for (Index assignment : order) offer(assignment / K, assignment % K);
   }
 
@@ -75,7 +90,7 @@ class Admission {
 
   std::vector<Index> tokens_by_best_weight(const CapacityGroup& group) const {
     std::vector<Index> tokens = tokens_of(group);
-    std::stable_sort(tokens.begin(), tokens.end(), [&](Index a, Index b) { return above(best(a), best(b)); });
+    sort_stably(tokens, [&](Index a, Index b) { return above(best(a), best(b)); });
     return tokens;
   }
 

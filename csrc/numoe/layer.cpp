@@ -18,6 +18,11 @@ MatrixView<T> matrix(std::vector<T>& buffer, Index rows, Index cols) {
 }
 
 template <class T>
+Index numbers(const std::vector<T>& buffer) {
+  return static_cast<Index>(buffer.size());
+}
+
+template <class T>
 std::vector<T> copy(MatrixView<const T> a) {
   return a ? std::vector<T>(a.data, a.data + a.rows * a.cols) : std::vector<T>{};
 }
@@ -29,12 +34,28 @@ MatrixView<const T> bias_view(const std::vector<T>& bias, Index experts) {
   return {bias.data(), experts, cols, cols};
 }
 
-// What one pass needs besides the experts' own scratch.
+}  // namespace
+
 template <class T>
 struct Pass {
-  std::vector<T> logits, weights, y;
+  std::vector<T> logits, weights;
+  Buffer<T> y;  // of the shared expert
   std::vector<std::int32_t> indices, row_token, row_assignment, assignment_row;
   std::vector<std::int64_t> offset;
+
+  // (rows, cols), uninitialised
+  MatrixView<T> shared_result(Index rows, Index cols) {
+    if (y.size() < rows * cols) {
+      y = Buffer<T>();
+      y = Buffer<T>(rows * cols);
+    }
+    return {y.data(), rows, cols, cols};
+  }
+  Index bytes() const {
+    const Index floats = numbers(logits) + numbers(weights) + y.size();
+    const Index ints = numbers(indices) + numbers(row_token) + numbers(row_assignment) + numbers(assignment_row);
+    return floats * static_cast<Index>(sizeof(T)) + ints * static_cast<Index>(sizeof(std::int32_t));
+  }
 
   DispatchView sort(MatrixView<const std::int32_t> chosen, Index num_experts) {
     offset.assign(static_cast<std::size_t>(num_experts) + 1, 0);
@@ -47,15 +68,22 @@ struct Pass {
   }
 };
 
-// A Pass that a thread keeps between calls; a call in the middle of another (from a signal handler) gets a fresh one.
+namespace {
+
+// A Pass that a thread keeps between calls, unless it is unusually large; a call in the middle of another (from a signal handler)
+// gets a fresh one.
 template <class T>
 class BorrowedPass {
  public:
   BorrowedPass() : pass_(std::move(kept())) {}
   BorrowedPass(const BorrowedPass&) = delete;
   BorrowedPass& operator=(const BorrowedPass&) = delete;
-  ~BorrowedPass() { kept() = std::move(pass_); }
+  ~BorrowedPass() {
+    constexpr Index most_bytes = Index{64} << 20;
+    if (pass_.bytes() <= most_bytes) kept() = std::move(pass_);
+  }
   Pass<T>* operator->() { return &pass_; }
+  Pass<T>& operator*() { return pass_; }
 
  private:
   static Pass<T>& kept() {
@@ -75,6 +103,11 @@ PackedBranch<S>::PackedBranch(const ExpertWeights<Source>& weights, const Expert
       gate_bias(copy(weights.gate_bias)),
       up_bias(copy(weights.up_bias)),
       down_bias(copy(weights.down_bias)) {}
+
+template <class S>
+Index PackedBranch<S>::bytes() const {
+  return experts.bytes() + static_cast<Index>(sizeof(T)) * (numbers(gate_bias) + numbers(up_bias) + numbers(down_bias));
+}
 
 template <class S>
 ExpertBiases<Compute<S>> PackedBranch<S>::biases() const {
@@ -99,14 +132,15 @@ PackedLayer<S>::PackedLayer(MatrixView<const T> w_router, std::span<const T> b_r
       routed_(std::move(routed)),
       shared_(std::move(shared)) {
   const Index width = kernels<T>().tile_cols;
-  router_panels_.resize(static_cast<std::size_t>(num_panels(w_router.cols, width) * width * w_router.rows));
+  router_panels_ = Buffer<T>(num_panels(w_router.cols, width) * width * w_router.rows);
   pack_panels(operand(w_router), w_router.rows, 0, w_router.cols, width, router_panels_.data());
 }
 
 template <class S>
 Index PackedLayer<S>::bytes() const {
-  return routed_.experts.bytes() + (shared_ ? shared_->experts.bytes() : 0) +
-         static_cast<Index>((router_panels_.size() + b_router_.size() + choice_bias_.size()) * sizeof(T));
+  return routed_.bytes() + (shared_ ? shared_->bytes() : 0) +
+         static_cast<Index>(sizeof(T)) *
+             (router_panels_.size() + numbers(b_router_) + numbers(choice_bias_) + numbers(shared_score_));
 }
 
 template <class S>
@@ -117,7 +151,7 @@ void PackedLayer<S>::forward(MatrixView<const T> x, MatrixView<T> y) const {
   const auto indices = matrix(pass->indices, tokens, choices);
   route_tokens(x, indices, weights);
   routed_.forward(x, pass->sort(indices, num_experts()), weights, y);
-  if (shared_) add_shared(x, y);
+  if (shared_) add_shared(*pass, x, y);
 }
 
 template <class S>
@@ -125,7 +159,7 @@ void PackedLayer<S>::forward_routed(MatrixView<const T> x, MatrixView<const std:
                                     MatrixView<const T> weights, MatrixView<T> y) const {
   BorrowedPass<T> pass;
   routed_.forward(x, pass->sort(indices, num_experts()), weights, y);
-  if (shared_) add_shared(x, y);
+  if (shared_) add_shared(*pass, x, y);
 }
 
 // A task routes its tokens as soon as it has their logits, so all logits (T, E) never exist at once: with many experts
@@ -148,22 +182,23 @@ void PackedLayer<S>::route_tokens(MatrixView<const T> x, MatrixView<std::int32_t
 
 // The shared expert is an MoE of one expert that every token visits, with weight sigmoid(x · score) or 1.
 template <class S>
-void PackedLayer<S>::add_shared(MatrixView<const T> x, MatrixView<T> y) const {
-  BorrowedPass<T> pass;
-  const auto weights = matrix(pass->weights, x.rows, 1);
-  const auto indices = matrix(pass->indices, x.rows, 1);
+void PackedLayer<S>::add_shared(Pass<T>& pass, MatrixView<const T> x, MatrixView<T> y) const {
+  const auto weights = matrix(pass.weights, x.rows, 1);
+  const auto indices = matrix(pass.indices, x.rows, 1);
   std::fill_n(indices.data, x.rows, 0);
   MatrixView<const T> used{};
   if (!shared_score_.empty()) {
-    const auto score = matrix(pass->logits, x.rows, 1);
+    const auto score = matrix(pass.logits, x.rows, 1);
     matmul(operand(x), Operand<T>{shared_score_.data(), 1, 1}, x.cols, score);
     const RouterOptions gate{.top_k = 1, .score = Score::sigmoid, .normalize = Normalize::none};
     route<T>(score, {}, {}, gate, indices, weights);
     used = weights;
   }
-  const auto y_shared = matrix(pass->y, y.rows, y.cols);
-  shared_->forward(x, pass->sort(indices, 1), used, y_shared);
-  as_array(y) += as_array(y_shared);
+  const auto y_shared = pass.shared_result(y.rows, y.cols);
+  shared_->forward(x, pass.sort(indices, 1), used, y_shared);
+  parallel_ranges(y.rows, 64, [&](Index begin, Index end) {
+    as_array(y.row_range(begin, end)) += as_array(y_shared.row_range(begin, end));
+  });
 }
 
 template <class S>

@@ -20,9 +20,14 @@ struct PackedBranch {
   template <class Source>
   PackedBranch(const ExpertWeights<Source>& weights, const ExpertOptions& expert_options);
   ExpertBiases<T> biases() const;
+  Index bytes() const;
   // y (T, D) = Σ weight * expert(x)
   void forward(MatrixView<const T> x, const DispatchView& dispatch, MatrixView<const T> weights, MatrixView<T> y) const;
 };
+
+// What a forward needs besides the experts' own scratch.
+template <class T>
+struct Pass;
 
 template <class S>
 class PackedLayer {
@@ -47,9 +52,10 @@ class PackedLayer {
 
  private:
   void route_tokens(MatrixView<const T> x, MatrixView<std::int32_t> indices, MatrixView<T> weights) const;
-  void add_shared(MatrixView<const T> x, MatrixView<T> y) const;
+  void add_shared(Pass<T>& pass, MatrixView<const T> x, MatrixView<T> y) const;
 
-  std::vector<T> router_panels_, b_router_, choice_bias_, shared_score_;
+  Buffer<T> router_panels_;
+  std::vector<T> b_router_, choice_bias_, shared_score_;
   RouterOptions router_;
   PackedBranch<S> routed_;
   std::optional<PackedBranch<S>> shared_;

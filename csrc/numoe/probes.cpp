@@ -114,7 +114,7 @@ NUMOE_PEAK_LOOP(portable_f64, NUMOE_TARGET_PORTABLE, double, 16, 13, "m", NUMOE_
 #endif
 NUMOE_READ_LOOP(portable, NUMOE_TARGET_PORTABLE, 16)
 
-// One step of 14 accumulators that take 16 numbers each: 14 * 16 multiplications and as many additions.
+// Each step multiplies and adds as many numbers as the accumulators hold.
 template <class Factor, class T>
 constexpr PeakLoop<T> peak_loop(void (*run)(Index, T*), int accumulators, int bytes) {
   return {2 * accumulators * bytes / static_cast<int>(sizeof(Factor)), run};
@@ -153,8 +153,6 @@ constexpr PeakProbe probes[] = {
      peak_loop<float>(numoe_peak_portable_f32, 13, 16), peak_loop<double>(numoe_peak_portable_f64, 13, 16)},
 #endif
 };
-
-using ReadLoop = void (*)(const char* data, Index size, Index passes, unsigned* out);
 
 template <Way way>
 ReadLoop widest_read_loop() {

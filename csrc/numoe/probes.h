@@ -35,6 +35,8 @@ std::span<const PeakProbe> peak_probes();
 template <class T>
 double peak_rate(const PeakLoop<T>& loop, int threads, double seconds);
 
+using ReadLoop = void (*)(const char* data, Index size, Index passes, unsigned* out);
+
 // A buffer on huge pages (where the system has them), and how fast it can be read.
 class ReadProbe {
  public:
@@ -47,7 +49,6 @@ class ReadProbe {
   double rate(Index bytes, int threads) const;
 
  private:
-  using ReadLoop = void (*)(const char* data, Index size, Index passes, unsigned* out);
   double rate_of(ReadLoop loop, Index share, int threads) const;  // each of the threads reads `share` bytes
 
   Buffer<char> buffer_;

@@ -22,9 +22,6 @@ static_assert(sizeof(Index) == 8, "numoe needs a 64-bit platform");
 struct bfloat16 {
   std::uint16_t bits;
 };
-inline float widen(bfloat16 value) { return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16); }
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
 // Round to nearest, ties to even; NaN stays NaN (quiet), overflow becomes inf.
 inline bfloat16 round_to_bfloat16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);

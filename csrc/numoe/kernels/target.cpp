@@ -1,4 +1,5 @@
-// Which kernels run: the only place that asks the CPU or reads the environment.
+// Which kernels run: the only place that chooses, and the only one that reads the environment.  Each table says what it needs
+// of the CPU.
 //
 // A target whose instructions the CPU has is still unusable if the operating system (or a hypervisor) does not save the
 // wide registers.  __builtin_cpu_supports answers for both: libgcc (since 8; gcc.gnu.org/PR85100) and compiler-rt read
@@ -82,14 +83,16 @@ std::span<const KernelTable* const> emulated_tables() { return known_emulated; }
 const KernelTable& choose_table(std::span<const KernelTable* const> tables,
                                 std::span<const KernelTable* const> emulated, const char* wanted) {
   const bool any = !wanted || !*wanted;
-  std::string names;
+  // Others are not even asked for: AMX has to be requested from the system.
   for (const KernelTable* table : tables) {
-    if (!table->supported()) continue;
-    if (any || std::strcmp(wanted, table->name) == 0) return *table;
-    names += (names.empty() ? "" : ", ") + std::string(table->name);
+    if ((any || std::strcmp(wanted, table->name) == 0) && table->supported()) return *table;
   }
   for (const KernelTable* table : emulated) {
     if (!any && std::strcmp(wanted, table->name) == 0) return *table;
+  }
+  std::string names;
+  for (const KernelTable* table : tables) {
+    if (table->supported()) names += (names.empty() ? "" : ", ") + std::string(table->name);
   }
   throw std::runtime_error("NUMOE_TARGET='" + std::string(any ? "" : wanted) +
                            "' is not a target that this CPU and this build have; set it to one of: " + names +
@@ -101,18 +104,22 @@ const KernelTable& kernel_table() {
   return chosen;
 }
 
-// Measured on Zen 3 and 4; on a Xeon with AMX, whose prefetchers follow 32 pages: one stream with lines asked for ahead
+// Measured on Zen 3 and 4, as they stand; on a Xeon with AMX, whose prefetchers follow 32 pages: one stream with lines asked for ahead
 // draws 18.8 GB/s there, four streams 12 to 15, and a sweep over 64 rows half of one over 16; and on a Zen 5, where rows
 // one after the other give 39 GB/s, two side by side, 128 bytes of each in turns, 24 to 32, eight 22 to 27.
+const Habits usual_habits{};
+const Habits intel_habits{.streams = 1, .rows_of_a_sweep = 16, .tiles_on_matrices = 2};
+const Habits zen5_habits{.tiles_on_matrices = 1,
+                         .row_by_row = true,
+                         .lines_ahead = 128,
+                         .to_stage = Route::through_l1,
+                         .half_vectors = false};
+
 const Habits& habits() {
-  static constexpr Habits usual{};
-  static constexpr Habits intel{.streams = 1, .rows_of_a_sweep = 16, .tiles_on_matrices = 2};
-  static constexpr Habits zen5{.tiles_on_matrices = 1,
-                               .row_by_row = true,
-                               .lines_ahead = 128,
-                               .to_stage = Route::through_l1,
-                               .half_vectors = false};
-  static const Habits& here = is_intel() ? intel : is_zen5() ? zen5 : usual;
+  static const Habits& here = kernel_table().habits ? *kernel_table().habits
+                              : is_intel()          ? intel_habits
+                              : is_zen5()           ? zen5_habits
+                                                    : usual_habits;
   return here;
 }
 
