@@ -50,11 +50,11 @@ class Backward : Pipeline<Compute<S>> {
                             .weights = this->weight_on(WeightOn::input) ? row_weight_.data() : nullptr};
     this->for_ranges(2 * D_ + (cache_ ? 4 : 6) * F_, to, [&](const ExpertRange& range, const Destination<T>& here) {
       const Index numbers = rows_of(range) * F_, again = cache_ ? 0 : numbers;
-      Workspace<T, 4> hidden(numbers);
-      Workspace<T, 5> dgate(w_.glu() ? numbers : 0);
-      Workspace<T, 6> dup(numbers);
-      Workspace<T, 11> gate_again(w_.glu() ? again : 0);
-      Workspace<T, 12> up_again(again);
+      Workspace<T, Slot::hidden> hidden(numbers);
+      Workspace<T, Slot::dgate> dgate(w_.glu() ? numbers : 0);
+      Workspace<T, Slot::dup> dup(numbers);
+      Workspace<T, Slot::gate_again> gate_again(w_.glu() ? again : 0);
+      Workspace<T, Slot::up_again> up_again(again);
       touch_pages(dup.data(), numbers);
       touch_pages(gate_again.data(), w_.glu() ? again : 0);
       touch_pages(up_again.data(), again);
@@ -139,7 +139,7 @@ class Backward : Pipeline<Compute<S>> {
 
   // out = h · w_down  ⇒  dh = dout · w_downᵀ, stored row by row (M, F)
   void down_backward(const ExpertRange& range, T* dh) {
-    Workspace<T, 13> dout(panels_start(range, range.end, depth_of(D_, pairs)));
+    Workspace<T, Slot::dout_panels> dout(panels_start(range, range.end, depth_of(D_, pairs)));
     pack_token_panels(range, [&](Index e) { return output_gradients(e); }, D_, dout.data());
     const Index block = this->columns_per_task(D_, F_, range);
     this->for_pieces(
@@ -217,7 +217,7 @@ class Backward : Pipeline<Compute<S>> {
       const auto i = static_cast<std::size_t>(e - range.begin);
       before[i + 1] = before[i] + depth_of_expert(e) * padded;
     }
-    Workspace<T, 7> panels(before.back());
+    Workspace<T, Slot::right_panels> panels(before.back());
     const auto panels_of = [&](Index e) { return panels.data() + before[static_cast<std::size_t>(e - range.begin)]; };
     this->for_pieces(
         range, [&](Index) { return (n + cols_at_once - 1) / cols_at_once; },
@@ -255,7 +255,7 @@ class Backward : Pipeline<Compute<S>> {
         range, [](Index) { return Index{1}; },
         [&](Index e, Index) {
           const Operand<T> a = rows(e);
-          T* sums = scratch<T, 1>(dbias.cols);
+          T* sums = scratch<T, Slot::sums>(dbias.cols);
           std::fill_n(sums, dbias.cols, T(0));
           for (Index r = 0; r < dispatch_.rows(e); ++r) {
             kernel_.axpy(dbias.cols, a.row_scale ? a.row_scale[r] : T(1), a.row(r), sums);
@@ -271,15 +271,15 @@ class Backward : Pipeline<Compute<S>> {
   // gate = x · w_gate, up = x · w_up  ⇒  dinput = dgate · w_gateᵀ + dup · w_upᵀ, added to its token
   void up_backward(const ExpertRange& range, const T* dgate, const T* dup, Destination<T> to) {
     const Index numbers = panels_start(range, range.end, depth_of(F_, pairs));
-    Workspace<T, 8> packed_dgate(w_.glu() ? numbers : 0);
-    Workspace<T, 9> packed_dup(numbers);
+    Workspace<T, Slot::dgate_panels> packed_dgate(w_.glu() ? numbers : 0);
+    Workspace<T, Slot::dup_panels> packed_dup(numbers);
     const auto rows = [&](const T* data) {
       return [=, this, &range](Index e) { return Operand<T>{data + start(range, e, F_), F_, 1}; };
     };
     pack_token_panels(range, rows(dup), F_, packed_dup.data());
     if (w_.glu()) pack_token_panels(range, rows(dgate), F_, packed_dgate.data());
     const bool weighted = this->weight_on(WeightOn::input);
-    Workspace<T, 10> dinput(weighted && !to.rows ? rows_of(range) * D_ : 0);
+    Workspace<T, Slot::dinput> dinput(weighted && !to.rows ? rows_of(range) * D_ : 0);
     if (weighted && !to.rows) {
       to.rows = {dinput.data() - dispatch_.begin(range.begin) * D_, dispatch_.num_rows(), D_, D_};
     }

@@ -81,7 +81,7 @@ class Forward : Pipeline<T> {
     (combined_ ? to.sums : to.rows) = result;
     this->for_ranges(packed_size(D_) + packed_size(F_), to, [&](const ExpertRange& range, const Destination<T>& here) {
       const Index numbers = rows_of(range) * packed_size(F_);
-      Workspace<T, 4> hidden(numbers);
+      Workspace<T, Slot::hidden> hidden(numbers);
       touch_pages(hidden.data(), numbers);
       up(range, cache, hidden.data());
       down(range, hidden.data(), here);
@@ -91,7 +91,7 @@ class Forward : Pipeline<T> {
   // cache.gate = x · w_gate + b_gate, cache.up = x · w_up + b_up, and
   // hidden = act(gate) * up, stored as row tiles for the next product; either may be absent
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
-    Workspace<T, 13> inputs(rows_of(range) * packed_size(D_));
+    Workspace<T, Slot::inputs> inputs(rows_of(range) * packed_size(D_));
     this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
     const Index block =
         Weights::in_rows ? this->long_columns_per_task(2 * D_, F_, range) : this->columns_per_task(2 * D_, F_, range);
@@ -123,7 +123,7 @@ class Forward : Pipeline<T> {
     for_passes(x.tiles, [&](TileRange pass) {
       const Index first = x.tiles.begin(pass.begin), height = x.tiles.begin(pass.end) - first, size = height * W_;
       const Index at_once = up.panels_at_once(pass.count(), height);
-      T* pre = scratch<T, 1>((glu ? 2 : 1) * at_once * size);
+      T* pre = scratch<T, Slot::sums>((glu ? 2 : 1) * at_once * size);
       T* linear = glu ? pre + at_once * size : nullptr;
       for (Index j = 0; j < up.count(); j += at_once) {
         const auto now = some_panels(gate, j, at_once), beside = some_panels(up, j, at_once);

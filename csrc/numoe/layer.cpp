@@ -170,7 +170,7 @@ void PackedLayer<S>::route_tokens(MatrixView<const T> x, MatrixView<std::int32_t
   constexpr Index tiles_per_task = 4;
   const Index E = num_experts(), height = kernels<T>().tile_rows;
   parallel_ranges(x.rows, tiles_per_task * height, [&](Index begin, Index end) {
-    const MatrixView<T> logits{scratch<T, 2>((end - begin) * E), end - begin, E, E};
+    const MatrixView<T> logits{scratch<T, Slot::passing>((end - begin) * E), end - begin, E, E};
     const RowTiles tiles{end - begin, height};
     multiply_tiles(operand(x.row_range(begin, end)), tiles, {0, tiles.count()}, x.cols, router_panels_.data(),
                    Store::overwrite, logits);

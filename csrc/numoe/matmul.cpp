@@ -80,7 +80,7 @@ void multiply_few_columns(const Operand<T>& a, Index first, Index depth, const T
   const Kernels<T>& kernel = kernels<T>();
   const RowTiles tiles{c.rows, kernel.unpacked_rows};
   const Index width = kernel.tile_cols, last = num_panels(c.cols, kernel.unpacked_part) * kernel.unpacked_part;
-  T* const sums = scratch<T, 1>(kernel.unpacked_rows * width);
+  T* const sums = scratch<T, Slot::sums>(kernel.unpacked_rows * width);
   TileArgs<T> args{.depth = depth, .a_stride = a.row_stride, .b = panel, .c = sums, .c_stride = width};
   for (Index i = 0; i < tiles.count(); ++i) {
     args.a = a.row(first + tiles.begin(i));
@@ -130,7 +130,7 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   if (c.cols <= width && store == Store::overwrite && rows_as_they_are(a)) {
     return multiply_few_columns(a, first, depth, b_panels, c.row_range(first, first + height));
   }
-  T* sums = scratch<T, 1>(height * (2 * width + depth));
+  T* sums = scratch<T, Slot::sums>(height * (2 * width + depth));
   T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);
   const PackedRows<T> rows{packed - first * depth, tiles, depth, depth};
@@ -146,7 +146,7 @@ void multiply_zipped_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange
                            Store store, MatrixView<T> c) {
   const Index width = kernels<T>().tile_cols, size = row_size<T>(rows, true);
   const Index first = tiles.begin(range.begin), height = tiles.begin(range.end) - first;
-  T* sums = scratch<T, 1>(height * (width + size));
+  T* sums = scratch<T, Slot::sums>(height * (width + size));
   T* packed = sums + height * width;
   pack_zipped_tiles(a, rows, tiles, range, packed);
   if (store == Store::stream && !(pays_to_stream<T>() && whole_lines(c))) store = Store::overwrite;
@@ -167,7 +167,7 @@ void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T>
   parallel_for(row_tasks * col_tasks, [&](Index task) {
     const Index tile_begin = task / col_tasks * tiles_per_task, col = task % col_tasks * block;
     const Index cols = std::min(block, c.cols - col);
-    T* panels = scratch<T, 2>(num_panels(cols, width) * width * depth);
+    T* panels = scratch<T, Slot::passing>(num_panels(cols, width) * width * depth);
     pack_panels(b, depth, col, cols, width, panels);
     const TileRange range{tile_begin, std::min(tile_begin + tiles_per_task, tiles.count())};
     multiply_tiles(a, tiles, range, depth, panels, Store::overwrite, {c.data + col, c.rows, cols, c.stride});

@@ -171,18 +171,37 @@ inline Index column_block(Index depth, Index cols, Index width, Index tasks, Ind
   return std::max(width, std::min(soon, shared + width - 1) / width * width);
 }
 
-// This thread's buffer number `Slot`, kept until the thread ends, so that calls do not fault in fresh pages each time.
-template <class T, int Slot>
+// What a thread keeps memory for, until it ends, so that calls do not fault in fresh pages each time.
+enum class Slot {
+  // of a task: scratch
+  panel,    // or rows on their way to one
+  sums,     // and rows of the other factor behind them
+  passing,  // on its way to a product
+  stage,
+  // of a call: Workspace
+  inputs,
+  hidden,
+  gate_again,
+  up_again,
+  dgate,
+  dup,
+  dout_panels,
+  dgate_panels,
+  dup_panels,
+  right_panels,
+  dinput,
+  rows_of_experts,
+};
+template <class T, Slot slot>
 Buffer<T>& kept_buffer() {
   thread_local Buffer<T> buffer;
   return buffer;
 }
 
-// A task's scratch: at least `size` uninitialised numbers, until the task ends.  Slots: 0 a panel, 1 sums, 2 what is on its
-// way to a panel, 3 staged rows.
-template <class T, int Slot>
+// A task's scratch: at least `size` uninitialised numbers, until the task ends or asks for the same slot again.
+template <class T, Slot slot>
 T* scratch(Index size) {
-  Buffer<T>& buffer = kept_buffer<T, Slot>();
+  Buffer<T>& buffer = kept_buffer<T, slot>();
   if (buffer.size() < size) {
     buffer = Buffer<T>();
     buffer = Buffer<T>(size);
@@ -190,12 +209,12 @@ T* scratch(Index size) {
   return buffer.data();
 }
 
-// A call's scratch, in slots of their own (4 and up).  The call owns the kept buffer while it runs - a signal handler may
+// A call's scratch.  The call owns the kept buffer while it runs - a signal handler may
 // call the library in its middle, on the same thread - and gives it back unless it is unusually large.
-template <class T, int Slot>
+template <class T, Slot slot>
 class Workspace {
  public:
-  explicit Workspace(Index size) : buffer_(std::move(kept_buffer<T, Slot>())) {
+  explicit Workspace(Index size) : buffer_(std::move(kept_buffer<T, slot>())) {
     if (buffer_.size() >= size) return;
     buffer_ = Buffer<T>();
     buffer_ = Buffer<T>(size);
@@ -204,7 +223,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
     constexpr Index kept_bytes = Index{64} << 20;
-    if (buffer_.size() * static_cast<Index>(sizeof(T)) <= kept_bytes) kept_buffer<T, Slot>() = std::move(buffer_);
+    if (buffer_.size() * static_cast<Index>(sizeof(T)) <= kept_bytes) kept_buffer<T, slot>() = std::move(buffer_);
   }
   T* data() { return buffer_.data(); }
 
@@ -243,7 +262,7 @@ void pack_pairs(const T* const* rows, Index height, Index size, T* packed) {
 template <class T>
 void round_rows(const Operand<T>& a, Index row, Index count, Index depth, Index size, const T** rows) {
   const Index pairs = depth_of(depth, true);
-  T* rounded = scratch<T, 0>(count * size);
+  T* rounded = scratch<T, Slot::panel>(count * size);
   for (Index r = 0; r < count; ++r, rounded += size) {
     kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
     std::fill_n(rounded + pairs, size - pairs, T(0));
@@ -297,7 +316,7 @@ template <class T>
 void pack_zipped_tiles(const Operand<T>& a, Index rows, const RowTiles& tiles, TileRange range, T* packed) {
   const Index together = kernels<T>().pairs.together, pairs = depth_of(rows, true), size = row_size<T>(rows, true);
   const Index first = tiles.begin(range.begin), cols = tiles.begin(range.end) - first;
-  T* const zipped = scratch<T, 2>(size * cols);
+  T* const zipped = scratch<T, Slot::passing>(size * cols);
   for (Index r = 0; r < pairs; ++r) zip_two_rows(a, rows, 2 * r, first, cols, zipped + r * cols);
   std::fill_n(zipped + pairs * cols, (size - pairs) * cols, T(0));
   if (together == 1) return pack_tiles(Operand<T>{zipped - first, 1, cols}, tiles, range, size, packed);

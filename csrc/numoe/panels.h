@@ -78,7 +78,7 @@ class PackedPanels {
       return {panel, nullptr};
     } else {
       if (tiles <= tiles_that_widen) return {nullptr, panel};
-      T* wide = scratch<T, 0>(numoe::block_depth * W_);
+      T* wide = scratch<T, Slot::panel>(numoe::block_depth * W_);
       kernels<T>().widen_panel(depth, panel, wide);
       return {wide, nullptr};
     }
@@ -228,7 +228,7 @@ class RowMajor {
       args.b = staged + p * W_;
       args.b_stride = pitch;
     } else {
-      T* widened = scratch<T, 0>(args.depth * W_);
+      T* widened = scratch<T, Slot::panel>(args.depth * W_);
       kernels<T>().widen(args.depth, W_, staged + p * W_, pitch, widened, W_);
       args.b = widened;
       args.b_stride = W_;
@@ -371,7 +371,7 @@ class RowMajorPairs {
     constexpr Index depth = 128;  // pairs
     const PairKernels<T>& kernel = kernels<T>().pairs;
     const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
-    T* const panels = scratch<T, 2>(count * pitch(depth));
+    T* const panels = scratch<T, Slot::passing>(count * pitch(depth));
     TileArgs<T> args{.c_stride = W_};
     for (Index k = 0; k < rows.depth; k += depth) {
       args.depth = std::min(depth, rows.depth - k);
@@ -559,7 +559,7 @@ void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use
     const Index row = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - row;
     const Index at_once = source.panels_at_once(pass.count(), height);
     const bool again = pass.end < rows.tiles.count();
-    T* sums = scratch<T, 1>(at_once * height * width);
+    T* sums = scratch<T, Slot::sums>(at_once * height * width);
     for (Index j = 0; j * width < cols; j += at_once) {
       multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again),
                       sums);

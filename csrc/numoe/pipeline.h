@@ -181,7 +181,7 @@ class Pipeline {
                   Work work) const {
     Destination<T> rows_of_experts = to;
     rows_of_experts.sums = {};
-    Workspace<T, 14> rows(to.rows ? 0 : rows_of(range) * D_);
+    Workspace<T, Slot::rows_of_experts> rows(to.rows ? 0 : rows_of(range) * D_);
     if (!to.rows) {
       touch_pages(rows.data(), rows_of(range) * D_);
       rows_of_experts.rows = {rows.data() - dispatch_.begin(range.begin) * D_, dispatch_.num_rows(), D_, D_};

@@ -43,7 +43,7 @@ Index staged_pitch(Index width) {
 // Rows [row, row + rows) of b, less than `width` columns from `col` on, padded with zeros to as many, in this task's scratch.
 template <class S>
 const S* padded_rows(MatrixView<const S> b, Index row, Index rows, Index col, Index cols, Index width) {
-  S* const padded = scratch<S, 0>(rows * width);
+  S* const padded = scratch<S, Slot::panel>(rows * width);
   for (Index r = 0; r < rows; ++r) {
     std::copy_n(b.row(row + r) + col, cols, padded + r * width);
     std::fill_n(padded + r * width + cols, width - cols, S{});
@@ -130,7 +130,7 @@ class Stage {
   using Staged = typename Block::Staged;
   using Rows = Block;
   // For blocks of up to `size` numbers, counting rows by their pitch.
-  explicit Stage(Index size) : size_(size), place_(scratch<Staged, 3>(2 * size_)) {}
+  explicit Stage(Index size) : size_(size), place_(scratch<Staged, Slot::stage>(2 * size_)) {}
 
   // The rows of `wanted`, their pitch apart, until the take after the next: staged before, or copied now.
   const Staged* take(const Block& wanted) {

@@ -38,7 +38,7 @@ struct TransposedTerm {
     } else if constexpr (std::is_same_v<S, T>) {
       return here;
     } else {
-      T* wide = scratch<T, 2>(count * matrix.cols);
+      T* wide = scratch<T, Slot::passing>(count * matrix.cols);
       kernels<T>().widen(count, matrix.cols, here.data, here.stride, wide, matrix.cols);
       return {wide, count, matrix.cols, matrix.cols};
     }
@@ -51,7 +51,7 @@ struct TransposedTerm {
     if (here.cols % 2 == 0 && here.stride % 2 == 0) {
       return {reinterpret_cast<const T*>(here.data), here.rows, size, here.stride / 2};
     }
-    T* const pairs = scratch<T, 2>(here.rows * size);
+    T* const pairs = scratch<T, Slot::passing>(here.rows * size);
     for (Index r = 0; r < here.rows; ++r) {
       bfloat16* const row = reinterpret_cast<bfloat16*>(pairs + r * size);
       row[2 * size - 1] = {0};
@@ -113,7 +113,7 @@ void for_transposed(std::initializer_list<TransposedTerm<T, S, pairs>> terms, Us
   const Index part = std::max(unpacked_kernels<T, pairs>().unpacked_part, least);
   const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
   const Index rows_at_once = std::min(most_rows, rows_in_cache<T>(terms.begin()->rows.depth));
-  T* sums = scratch<T, 1>(rows_at_once * (cols_at_once + width));
+  T* sums = scratch<T, Slot::sums>(rows_at_once * (cols_at_once + width));
   T* result = sums + rows_at_once * cols_at_once;
   for (Index row = 0; row < rows; row += rows_at_once) {
     const Index rows_here = std::min(rows_at_once, rows - row), panels = num_panels(rows_here, width);
