@@ -198,6 +198,20 @@ struct Kernels {
   bool few_lines_of_sums() const { return lines_of_sums() <= 12; }
 };
 
+struct KernelTable {
+  const char* name;
+  const char* description;
+  bool (*supported)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// All targets of this build, best first; the last one, "portable", runs everywhere.
+std::span<const KernelTable* const> kernel_tables();
+
+// The table in use.  Chosen once: NUMOE_TARGET if set (std::runtime_error if this CPU or build lacks it), else the best.
+const KernelTable& kernel_table();
+
 // How the cores of this CPU like to read matrices from memory, where one way is not better on all.  As it stands: Zen 3 and 4.
 struct Habits {
   // Panels that are read side by side: one that is asked for ahead, or several that are not.
@@ -209,22 +223,7 @@ struct Habits {
   Route to_stage = Route::through_l2;  // and into which cache
   bool half_vectors = true;            // half a 64-byte vector is multiplied in half the time
 };
-struct KernelTable {
-  const char* name;
-  const char* description;
-  bool (*supported)();
-  Kernels<float> f32;
-  Kernels<double> f64;
-  const Habits* habits = nullptr;  // nullptr: those of this CPU
-};
-
-// All targets of this build, best first; the last one, "portable", runs everywhere.
-std::span<const KernelTable* const> kernel_tables();
-
-// The table in use.  Chosen once: NUMOE_TARGET if set (std::runtime_error if this CPU or build lacks it), else the best.
-const KernelTable& kernel_table();
-
-const Habits& habits();  // those of the table in use
+const Habits& habits();  // of this CPU, or of one for which the table in use stands
 
 // NUMOE_NUM_THREADS if it is set to a whole number >= 1; 0 otherwise, with *complaint naming the bad value if there is one.
 int num_threads_from_environment(const char** complaint);

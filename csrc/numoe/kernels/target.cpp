@@ -107,19 +107,21 @@ const KernelTable& kernel_table() {
 // Measured on Zen 3 and 4, as they stand; on a Xeon with AMX, whose prefetchers follow 32 pages: one stream with lines asked for ahead
 // draws 18.8 GB/s there, four streams 12 to 15, and a sweep over 64 rows half of one over 16; and on a Zen 5, where rows
 // one after the other give 39 GB/s, two side by side, 128 bytes of each in turns, 24 to 32, eight 22 to 27.
-const Habits usual_habits{};
-const Habits intel_habits{.streams = 1, .rows_of_a_sweep = 16, .tiles_on_matrices = 2};
-const Habits zen5_habits{.tiles_on_matrices = 1,
-                         .row_by_row = true,
-                         .lines_ahead = 128,
-                         .to_stage = Route::through_l1,
-                         .half_vectors = false};
-
 const Habits& habits() {
-  static const Habits& here = kernel_table().habits ? *kernel_table().habits
-                              : is_intel()          ? intel_habits
-                              : is_zen5()           ? zen5_habits
-                                                    : usual_habits;
+  static constexpr Habits usual{};
+  static constexpr Habits intel{.streams = 1, .rows_of_a_sweep = 16, .tiles_on_matrices = 2};
+  static constexpr Habits zen5{.tiles_on_matrices = 1,
+                               .row_by_row = true,
+                               .lines_ahead = 128,
+                               .to_stage = Route::through_l1,
+                               .half_vectors = false};
+  static const Habits& here = []() -> const Habits& {
+    const KernelTable* const table = &kernel_table();
+    if (table == &emulated_amx_bf16_table) return intel;
+    if (table == &emulated_avx512_bf16_table) return zen5;
+    if (table == &emulated_avx512_table || table == &emulated_avx2_table) return usual;
+    return is_intel() ? intel : is_zen5() ? zen5 : usual;
+  }();
   return here;
 }
 

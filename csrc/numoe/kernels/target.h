@@ -11,8 +11,6 @@ namespace numoe {
 // bfloat16 pairs are the same here.  Slow; only NUMOE_TARGET chooses them.
 std::span<const KernelTable* const> emulated_tables();
 
-extern const Habits usual_habits, intel_habits, zen5_habits;
-
 // The first of `tables` that the CPU supports if `wanted` is null or empty, else the one of that name, of either list;
 // std::runtime_error with a sentence if this CPU or this build lacks it.
 const KernelTable& choose_table(std::span<const KernelTable* const> tables,

@@ -100,22 +100,14 @@ inline void transpose_band(Index depth, Index rows, const T* const* row, T* pack
   }
 }
 
-// packed[k * stride + r] = row[r][k] for r < rows <= 2N, k < depth.  A panel (stride 2N) is padded with zeros; a tile
-// (stride = rows) ends where its last number ends.
+// packed[k * stride + r] = row[r][k] for r < rows, k < depth.  A panel (stride 2N) is padded with zeros; a tile (stride = rows)
+// ends where its last number ends.  Bands of N rows, the last one first: what it writes beyond its rows, others write again.
 template <class T, int N>
 void transpose(Index depth, Index rows, const T* const* row, T* packed, Index stride) {
   const T* const end = packed + depth * stride;
   const bool panel = stride == 2 * N;
-  if (rows <= N) {
-    transpose_band<T, N>(depth, rows, row, packed, stride, end);
-  } else if (panel) {
-    transpose_band<T, N>(depth, N, row, packed, stride, end);
-    transpose_band<T, N>(depth, rows - N, row + N, packed + N, stride, end);
-  } else {  // a tile higher than a vector: the bands must not write into each other
-    transpose_band<T, N>(depth, N, row, packed, stride, end);
-    for (Index k = 0; k < depth; ++k) {
-      for (Index r = N; r < rows; ++r) packed[k * stride + r] = row[r][k];
-    }
+  for (Index r = (rows - 1) / N * N; r >= 0; r -= N) {
+    transpose_band<T, N>(depth, rows - r < N ? rows - r : N, row + r, packed + r, stride, end);
   }
   for (Index k = 0; panel && rows < stride && k < depth; ++k) {
     for (Index r = rows; r < stride; ++r) packed[k * stride + r] = T(0);
