@@ -48,7 +48,7 @@ class Backward : Pipeline<Compute<S>> {
     if (grads_.store == GradStore::overwrite) clear_idle_experts();
     const Destination<T> to{.sums = grads_.x,
                             .weights = this->weight_on(WeightOn::input) ? row_weight_.data() : nullptr};
-    this->for_ranges(2 * D_ + (cache_ ? 4 : 6) * F_, to, [&](const ExpertRange& range, const Destination<T>& here) {
+    this->for_ranges(2 * D_ + (cache_ ? 4 : 6) * F_, 0, to, [&](const ExpertRange& range, const Destination<T>& here) {
       const Index numbers = rows_of(range) * F_, again = cache_ ? 0 : numbers;
       Workspace<T, Slot::hidden> hidden(numbers);
       Workspace<T, Slot::dgate> dgate(w_.glu() ? numbers : 0);

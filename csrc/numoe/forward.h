@@ -79,10 +79,12 @@ class Forward : Pipeline<T> {
     for (const MatrixView<T>& pre : {cache.gate, cache.up}) touch_pages(pre.data, pre.rows * pre.cols);
     Destination<T> to{.weights = this->weight_on(WeightOn::output) ? row_weight_.data() : nullptr};
     (combined_ ? to.sums : to.rows) = result;
-    this->for_ranges(packed_size(D_) + packed_size(F_), to, [&](const ExpertRange& range, const Destination<T>& here) {
-      const Index numbers = rows_of(range) * packed_size(F_);
-      Workspace<T, Slot::hidden> hidden(numbers);
-      touch_pages(hidden.data(), numbers);
+    // Panels for few rows come from memory, on which threads draw best together (1.0-1.09 times as fast, Zen 5).
+    const Index numbers = packed_size(D_) + packed_size(F_), rows_apart = Weights::in_rows ? 0 : 12;
+    this->for_ranges(numbers, rows_apart, to, [&](const ExpertRange& range, const Destination<T>& here) {
+      const Index size = rows_of(range) * packed_size(F_);
+      Workspace<T, Slot::hidden> hidden(size);
+      touch_pages(hidden.data(), size);
       up(range, cache, hidden.data());
       down(range, hidden.data(), here);
     });
