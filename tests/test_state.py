@@ -289,6 +289,36 @@ def test_a_file_that_does_not_fit(fault: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         numoe.MoELayer.load(path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 2000
+    assert "strict" not in str(caught.value)  # `load` has no such argument
+
+
+@pytest.mark.parametrize("fault", ["other experts", "other dtype", "extra tensor", "missing tensor"])
+def test_what_does_not_fit_is_refused_unread(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the arrays not a byte: the memory they would need is not asked for."""
+    path = tmp_path / "a.safetensors"
+    make().save(path)
+    path.write_bytes(BAD_FILES[fault][0](path.read_bytes()))
+    monkeypatch.setattr(checkpoint, "_check_memory", lambda source: pytest.fail("arrays were about to be read"))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        numoe.MoELayer.load(path)
+
+
+def test_a_file_larger_than_memory_is_a_memory_error(tmp_path: Path) -> None:
+    """safetensors panics there: no `Exception`, and sometimes the end of the process."""
+    numoe.MoELayer(d_model=256, d_ff=1024, num_experts=16, top_k=2, rng=0).save(tmp_path / "a.safetensors")
+    script = [sys.executable, __file__, "load_without_memory", str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def load_without_memory(directory: str) -> None:
+    """The file can be mapped, its arrays find no place."""
+    path = Path(directory) / "a.safetensors"
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + path.stat().st_size * 3 // 2
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with pytest.raises(MemoryError, match=r"a\.safetensors: its [0-9,]+ bytes do not fit into memory"):
+        numoe.MoELayer.load(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"])
@@ -393,7 +423,8 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     """Files of this process may hold 1,000 bytes: the write itself fails, half way."""
     make("default").save(tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+    script = [sys.executable, __file__, "save_on_a_full_disk", str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -427,4 +458,4 @@ def test_checkpoints_of_other_things(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    save_on_a_full_disk(sys.argv[1])
+    globals()[sys.argv[1]](sys.argv[2])

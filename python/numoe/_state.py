@@ -50,16 +50,19 @@ def _check_array(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[
 
 
 def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, FloatArray]]:
-    """Configuration, parameters and buffers of a file; what does not fit its own configuration is refused."""
-    state, settings = checkpoint.load(path)
-    try:
-        config = MoEConfig.from_dict(settings)
-    except (TypeError, ValueError, KeyError) as error:
-        raise checkpoint.CheckpointError(f"{path}: the configuration inside is not valid: {error}") from None
-    expected = config.param_specs | config.buffer_specs
-    for name, value in state.items():
-        if name in expected and value.dtype != expected[name][1]:
-            raise checkpoint.CheckpointError(f"{path}: {name!r} must be {expected[name][1]}; got {value.dtype}.")
-    arrays, _ = checkpoint.checked_state(state, expected, source=str(path))
-    params = {name: line_aligned(arrays[name]) for name in config.param_specs}
-    return config, params, {name: arrays[name] for name in config.buffer_specs}
+    """Configuration, parameters and buffers of a file; what does not fit its own configuration is refused unread."""
+
+    def configured(settings: dict[str, Any]) -> MoEConfig:
+        try:
+            return MoEConfig.from_dict(settings)
+        except (TypeError, ValueError, KeyError) as error:
+            raise checkpoint.CheckpointError(f"{path}: the configuration inside is not valid: {error}") from None
+
+    def specs_of(settings: dict[str, Any]) -> checkpoint.Specs:
+        config = configured(settings)
+        return config.param_specs | config.buffer_specs
+
+    state, settings = checkpoint.load(path, specs_of)
+    config = configured(settings)
+    params = {name: line_aligned(state[name]) for name in config.param_specs}
+    return config, params, {name: state[name] for name in config.buffer_specs}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import safetensors.numpy
 from numoe._arrays import as_float
 
 FORMAT = "numoe-1"
+Specs = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # name -> shape and dtype
 _REFUSED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -69,15 +70,26 @@ def _umask() -> int:
     return mask
 
 
-def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def load(
+    path: Any, specs_of: Callable[[dict[str, Any]], Specs] | None = None
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """The state and configuration written by `save`.
+
+    Parameters
+    ----------
+    path : path-like
+    specs_of : function, optional
+        From the configuration to the shape and dtype of every array that must be there; the file's header is compared
+        with them before any array is read.
 
     Raises
     ------
     CheckpointError
-        If the file is not a safetensors file written by numoe.
+        If the file is not a safetensors file written by numoe, or holds something else than `specs_of` says.
     OSError
         If it cannot be read.
+    MemoryError
+        If its arrays do not fit into memory.
     """
     target = Path(path)
     if target.suffix in _REFUSED:
@@ -97,10 +109,36 @@ def load(path: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
                     f"{target}: not written by numoe.MoELayer.save "
                     f"(format {metadata.get('format')!r}, expected {FORMAT!r})."
                 )
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            config = _parse_config(metadata.get("config", ""), target)
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if specs_of is not None:
+                _check_headers(headers, specs_of(config), str(target))
+            _check_memory(target)
+            return {name: file.get_tensor(name) for name in headers}, config
     except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not know
         raise CheckpointError(f"{target}: not a complete safetensors file: {error}") from None
-    return state, _parse_config(metadata.get("config", ""), target)
+
+
+_STORED = {"float32": "F32", "float64": "F64", "bfloat16": "BF16"}  # safetensors' names of a layer's dtypes
+
+
+def _check_headers(headers: Mapping[str, Any], expected: Specs, source: str) -> None:
+    """What the file says it holds is what is expected."""
+    _check_names(headers, expected, source)
+    for name, (shape, dtype) in expected.items():
+        stored = headers[name].get_dtype()
+        if stored != _STORED[dtype.name]:
+            raise CheckpointError(f"{source}: {name!r} must be {dtype} ({_STORED[dtype.name]}); got {stored}.")
+        _check_shape(tuple(headers[name].get_shape()), name, shape, source)
+
+
+def _check_memory(source: Path) -> None:
+    """There is memory for all arrays: where there is none, safetensors panics, which may end the process."""
+    size = source.stat().st_size
+    try:
+        np.empty(size + 2**20, np.uint8)  # and some for what is around them
+    except MemoryError:
+        raise MemoryError(f"{source}: its {size:,} bytes do not fit into memory.") from None
 
 
 def _parse_config(text: str, source: Path) -> dict[str, Any]:
@@ -113,20 +151,8 @@ def _parse_config(text: str, source: Path) -> dict[str, Any]:
     return config
 
 
-def checked_state(
-    state: Mapping[str, Any],
-    expected: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
-    *,
-    source: str = "state",
-    strict: bool = True,
-) -> tuple[dict[str, npt.NDArray[Any]], list[str]]:
-    """The expected arrays found in `state`, in their dtype, and the names that are missing or unexpected."""
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    if strict and (missing or unexpected):
-        found = (("missing", missing), ("unexpected", unexpected))
-        parts = [f"{kind}: {_some(names)}" for kind, names in found if names]
-        raise CheckpointError(f"{source}: {'; '.join(parts)}.  Pass strict=False to load what fits.")
+def checked_state(state: Mapping[str, Any], expected: Specs) -> dict[str, npt.NDArray[Any]]:
+    """The expected arrays found in `state`, in their dtype."""
     arrays = {}
     for name, (shape, dtype) in expected.items():
         if name not in state:
@@ -134,12 +160,29 @@ def checked_state(
         try:
             value = arrays[name] = as_float(state[name], repr(name), dtype)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: {error}") from None
-        if value.shape != shape:
-            transposed = value.ndim >= 2 and value.shape == (*shape[:-2], shape[-1], shape[-2])
-            hint = "  It is transposed: numoe's weights read like NumPy, x @ w." if transposed else ""
-            raise CheckpointError(f"{source}: {name!r} must have shape {shape}; got {value.shape}.{hint}")
-    return arrays, missing + unexpected
+            raise CheckpointError(f"state: {error}") from None
+        _check_shape(value.shape, name, shape, "state")
+    return arrays
+
+
+def _check_shape(got: tuple[int, ...], name: str, shape: tuple[int, ...], source: str) -> None:
+    if got != shape:
+        transposed = len(shape) >= 2 and got == (*shape[:-2], shape[-1], shape[-2])
+        hint = "  It is transposed: numoe's weights read like NumPy, x @ w." if transposed else ""
+        raise CheckpointError(f"{source}: {name!r} must have shape {shape}; got {got}.{hint}")
+
+
+def _check_names(given: Iterable[str], expected: Iterable[str], source: str, hint: str = "") -> None:
+    """Exactly the expected names are there."""
+    found = (("missing", _missing(given, expected)), ("unexpected", _missing(expected, given)))
+    parts = [f"{kind}: {_some(names)}" for kind, names in found if names]
+    if parts:
+        raise CheckpointError(f"{source}: {'; '.join(parts)}.{hint}")
+
+
+def _missing(names: Iterable[str], of: Iterable[str]) -> list[str]:
+    there = set(names)
+    return [name for name in of if name not in there]
 
 
 def _some(names: list[str]) -> str:
@@ -152,7 +195,9 @@ def copy_state(state: Mapping[str, npt.ArrayLike], own: Mapping[str, npt.NDArray
     if not isinstance(state, Mapping):
         raise TypeError(f"state must map names to arrays; got {type(state).__name__}.")
     expected = {name: (value.shape, value.dtype) for name, value in own.items()}
-    arrays, odd = checked_state(state, expected, strict=strict)
+    if strict:
+        _check_names(state, expected, "state", "  Pass strict=False to load what fits.")
+    arrays = checked_state(state, expected)
     for name in arrays:
         if not own[name].flags.writeable:
             raise ValueError(f"read-only parameter {name!r}; replace it by a writable copy first.")
@@ -161,4 +206,4 @@ def copy_state(state: Mapping[str, npt.ArrayLike], own: Mapping[str, npt.NDArray
             arrays[name] = value.copy()
     for name, value in arrays.items():
         own[name][...] = value
-    return odd
+    return [*_missing(state, expected), *_missing(expected, state)]
