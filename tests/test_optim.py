@@ -372,6 +372,30 @@ def test_a_refused_state_changes_nothing(fault):
     assert all(optimizer.state_dict()[name].tobytes() == array.tobytes() for name, array in current.items())
 
 
+@pytest.mark.parametrize("size", [1e-25, 3e38])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_caller_who_traps_floating_point_errors_gets_whole_steps(method, size):
+    """The second array's numbers underflow or overflow, when the first has been changed."""
+    params = {"a": np.ones(3, np.float32), "b": np.ones(3, np.float32)}
+    plain = copies(params)
+    steps = [{"a": np.ones(3, np.float32), "b": np.full(3, size, np.float32)}] * 2
+    optimizer, expected = METHODS[method](params), METHODS[method](plain)
+    with np.errstate(all="ignore"):
+        for grads in steps:
+            expected.step(grads)
+    with np.errstate(all="raise"):
+        for grads in steps:
+            optimizer.step(grads)
+    assert all(params[name].tobytes() == plain[name].tobytes() for name in params)
+
+
+def test_clipping_is_whole_where_floating_point_errors_are_trapped():
+    grads = {"a": np.ones(1, np.float32), "b": np.full(1, 1e-38, np.float32)}
+    with np.errstate(all="raise"):
+        assert optim.clip_gradients(grads, 0.125) == 1.0
+    assert grads["a"] == 0.125 and grads["b"] == np.float32(1e-38) / 8
+
+
 def test_running_out_of_memory_comes_before_any_change(monkeypatch):
     params, steps = problem()
     optimizer = AdamW(params)

@@ -177,6 +177,7 @@ def _check_gradients(grads: Mapping[str, Array], params: Mapping[str, Array]) ->
             raise ValueError(f"grads[{name!r}] shares memory with its parameter; pass a separate array.")
 
 
+@np.errstate(all="ignore")
 def clip_gradients(grads: Mapping[str, Any], max_norm: float, *, error_if_nonfinite: bool = True) -> float:
     r"""Scale all gradients in place so that their common 2-norm is at most `max_norm`; return the old norm.
 
@@ -237,8 +238,7 @@ def clip_gradients(grads: Mapping[str, Any], max_norm: float, *, error_if_nonfin
 def _global_norm(arrays: Iterable[Array]) -> float:
     """2-norm over all arrays in float64, on scaled values where squares would overflow or underflow."""
     arrays = [array.reshape(-1) for array in arrays]
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        norm = math.sqrt(sum(float(np.einsum("i,i->", a, a, dtype=np.float64)) for a in arrays))
+    norm = math.sqrt(sum(float(np.einsum("i,i->", a, a, dtype=np.float64)) for a in arrays))
     if math.isnan(norm) or 1e-140 < norm < math.inf:
         return norm
     top = max((float(np.abs(a).max(initial=0.0)) for a in arrays), default=0.0)
@@ -305,6 +305,7 @@ class _Optimizer(abc.ABC):
         factor = checked_real(f"schedule({self.step_count})", self.schedule(self.step_count))
         return checked_real("lr", self.lr) * factor
 
+    @np.errstate(all="ignore")  # an overflow that raised would leave half a step behind
     def step(self, grads: Mapping[str, Any]) -> None:
         """Change every parameter in place by one step of the method.
 
