@@ -218,18 +218,28 @@ def test_memory_is_that_of_the_weights():
     assert layer.pack("bfloat16").nbytes <= 0.55 * weights
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.dtype("float32"), "f4", ml_dtypes.bfloat16, np.dtype("bfloat16")])
+def test_a_dtype_may_come_in_every_form_that_a_layer_takes(kind):
+    layer, x = make("softmax", "glu", False, None), tokens(3, "float32")
+    packed = layer.pack(kind)
+    assert packed.dtype == np.dtype(kind).name
+    assert_bitwise_equal(packed(x), layer.pack(packed.dtype)(x))
+    assert layer.pack(layer.dtype).dtype == "float32"
+
+
 @pytest.mark.parametrize(
-    ("options", "dtype", "match"),
+    ("options", "dtype", "error", "match"),
     [
-        ({}, "int8", "pack takes one of 'float32', 'float64', 'bfloat16'; got 'int8'"),
-        ({"dtype": "float64"}, "float32", "a float64 layer packs to float64; got 'float32'"),
-        ({}, "float64", "a float32 layer packs to float32 or bfloat16; got 'float64'"),
-        ({"capacity_factor": 1.0}, "float32", "pack serves dropless layers"),
+        ({}, "int8", TypeError, "dtype must be one of float32, float64, bfloat16; got 'int8'"),
+        ({}, np.int8, TypeError, "dtype must be one of float32, float64, bfloat16; got <class 'numpy.int8'>"),
+        ({"dtype": "float64"}, "float32", ValueError, "a float64 layer packs to float64; got float32"),
+        ({}, np.float64, ValueError, "a float32 layer packs to float32 or bfloat16; got float64"),
+        ({"capacity_factor": 1.0}, "float32", ValueError, "pack serves dropless layers"),
     ],
 )
-def test_what_cannot_be_packed_is_said(options, dtype, match):
+def test_what_cannot_be_packed_is_said(options, dtype, error, match):
     layer = numoe.MoELayer(d_model=4, d_ff=4, num_experts=2, top_k=1, rng=0, **options)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(error, match=match):
         layer.pack(dtype)
 
 

@@ -358,16 +358,18 @@ class MoELayer:
     def _route(self, router: RouterPass, real: BoolArray | None) -> Routing:
         return route(router.logits, self._config.router, choice_bias=self.buffers.get("choice_bias"), mask=real)
 
-    def pack(self, dtype: str | None = None) -> PackedMoELayer:
+    def pack(self, dtype: Any = None) -> PackedMoELayer:
         """A copy for inference whose weights lie as the kernels read them; see `PackedMoELayer`.
 
         Parameters
         ----------
-        dtype : {"float32", "bfloat16", "float64"}, optional
-            How the experts' weights are stored; default: the layer's own dtype.
+        dtype : dtype-like, optional
+            How the experts' weights are stored: float32, bfloat16 or float64; default: the layer's own dtype.
 
         Raises
         ------
+        TypeError
+            For another dtype than these.
         ValueError
             For a layer with a capacity, or a dtype that its weights cannot be stored in.
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from numoe import _core
 from numoe._arrays import FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices
-from numoe.config import ExpertConfig, MoEConfig
+from numoe.config import ExpertConfig, MoEConfig, as_dtype
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, router_options
 
 if TYPE_CHECKING:
     from numoe.layer import MoELayer
 
-PACKED_DTYPES = ("float32", "float64", "bfloat16")
+_PACKS_TO = {"float32": ("float32", "bfloat16"), "float64": ("float64",), "bfloat16": ("bfloat16",)}  # a layer's dtype
 _CLASSES = {
     "float32": _core.PackedLayerFloat32,
     "float64": _core.PackedLayerFloat64,
@@ -63,18 +63,17 @@ class PackedMoELayer:
 
     __slots__ = ("_config", "_core", "_dtype", "_forward_ready", "_packing_seconds")
 
-    def __init__(self, layer: MoELayer, dtype: str) -> None:
-        if dtype not in PACKED_DTYPES:
-            raise ValueError(f"pack takes one of {', '.join(map(repr, PACKED_DTYPES))}; got {dtype!r}.")
+    def __init__(self, layer: MoELayer, dtype: Any) -> None:
         config = layer.config
-        choices = {"float32": "float32 or bfloat16"}.get(config.dtype, config.dtype)
-        if dtype not in choices:
-            raise ValueError(f"a {config.dtype} layer packs to {choices}; got {dtype!r}.")
+        stored: str = as_dtype(dtype).name
+        choices = _PACKS_TO[config.dtype]
+        if stored not in choices:
+            raise ValueError(f"a {config.dtype} layer packs to {' or '.join(choices)}; got {stored}.")
         if not config.dispatch.dropless:
             raise ValueError("pack serves dropless layers; this one has a capacity.  Use layer(x), or drop the limit.")
-        self._config, self._dtype = config, dtype
+        self._config, self._dtype = config, stored
         start = time.perf_counter()
-        self._core = _CLASSES[dtype](
+        self._core = _CLASSES[stored](
             _bits_of(layer.params),
             layer.buffers.get("choice_bias"),
             router_options(config.router),
