@@ -163,13 +163,83 @@ def test_unusable_arrays_are_refused(change: Any, error: type[Exception], messag
         assert_bitwise_equal(grads.params[name], value)
 
 
+def place_of(grads: numoe.MoEGrads, **changed: Any) -> numoe.MoEGrads:
+    return numoe.MoEGrads(x=grads.x, params={**grads.params, **changed})
+
+
+@pytest.mark.parametrize("written", ["w_gate", "w_down"])
+def test_a_gradient_has_a_place_of_its_own(written: str) -> None:
+    layer, problem, out = setup(10, dtype="float32", shared=numoe.SharedExpertConfig(d_ff=9))
+    params = layer.params
+    one = np.zeros(2 * params["w_up"].size, np.float32)
+    halves = one[: params["w_up"].size], one[100 : 100 + params["w_up"].size]
+    before = copies(layer.backward(problem.dy, out)), {name: value.copy() for name, value in params.items()}
+    grads = layer.backward(problem.dy, out)
+    up, same = halves[0].reshape(params["w_up"].shape), halves[1].reshape(params[written].shape)
+    dy = problem.dy.copy()
+    inside = np.zeros(params[written].size + dy.size, np.float32)
+    inside[-dy.size :] = dy.reshape(-1)
+    tail = inside[: params[written].size], inside[-dy.size - 8 :][: dy.size].reshape(dy.shape)
+    for changed, other, y in (
+        ({"w_up": up, written: same}, "into.params", dy),
+        ({"w_up": params[written].reshape(up.shape)}, "layer.params", dy),
+        ({written: tail[0].reshape(params[written].shape)}, "dy", tail[1]),
+    ):
+        names = rf"^into\.params\['w_\w+'\] overlaps {other}(\['w_\w+'\])?; pass the arrays of an earlier backward"
+        with pytest.raises(ValueError, match=names):
+            layer.backward(y, out, into=place_of(grads, **changed))
+    assert not one.any()
+    for name, value in params.items():
+        assert_bitwise_equal(value, before[1][name])
+        assert_bitwise_equal(grads.params[name], before[0][name])
+
+
+def test_parameters_may_share_memory_where_gradients_do_not() -> None:
+    layer, problem, _ = setup(10, dtype="float32")
+    layer.params["w_gate"] = layer.params["w_up"]
+    grads = layer.backward(problem.dy, layer.forward(problem.x))
+    layer.backward(problem.dy, layer.forward(problem.x), into=grads)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(None, "nothing"), ([1.0], "list"), (np.ma.zeros((37, 8), np.float32), "MaskedArray")]
+)
+def test_places_are_arrays(value: Any, got: str) -> None:
+    layer, problem, out = setup(10, dtype="float32")
+    grads = layer.backward(problem.dy, out)
+    with pytest.raises(ValueError, match=rf"into.params\['w_router'\] must be a float32 array .*; got {got}"):
+        layer.backward(problem.dy, out, into=place_of(grads, w_router=value))
+    with pytest.raises(TypeError, match=r"into\.params must map names to arrays; got list"):
+        layer.backward(problem.dy, out, into=numoe.MoEGrads(x=grads.x, params=[1]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("into", "error", "match"),
+    [
+        ({}, ValueError, "into must hold an array for every gradient; missing: w_gate, w_up, w_down"),
+        ([], TypeError, "into must map names to arrays; got list"),
+    ],
+)
+def test_experts_backward_says_what_into_lacks(into: Any, error: type[Exception], match: str) -> None:
+    layer, problem, out = setup(10, dtype="float32")
+    config, plan, weights = layer.config.experts, out.dispatch, out.routing.weights
+    y, cache = numoe.experts_forward(problem.x, plan, layer.params, config, weights=weights, combined=True)
+    arguments = (y, problem.x, plan, layer.params, config, cache)
+    with pytest.raises(error, match=match):
+        numoe.experts_backward(*arguments, weights=weights, combined=True, into=into)
+
+
 def test_parameters_and_read_only_arrays_are_no_place_for_gradients() -> None:
     layer, problem, out = setup(10, dtype="float32")
     grads = layer.backward(problem.dy, out)
-    with pytest.raises(ValueError, match=r"into.params\['w_router'\] overlaps the parameter itself"):
+    with pytest.raises(ValueError, match=r"into.params\['(\w+)'\] overlaps layer.params\['\1'\]"):
         layer.backward(problem.dy, out, into=numoe.MoEGrads(x=grads.x, params=layer.params))
     grads.params["w_up"].flags.writeable = False
-    with pytest.raises(ValueError, match=r"into.params\['w_up'\] must be C-contiguous and writable"):
+    with pytest.raises(ValueError, match=r"into.params\['w_up'\] must be C-contiguous, aligned and writable"):
+        layer.backward(problem.dy, out, into=grads)
+    misaligned = np.zeros(layer.params["w_up"].nbytes + 1, np.uint8)[1:].view(np.float32)
+    grads.params["w_up"] = misaligned.reshape(layer.params["w_up"].shape)
+    with pytest.raises(ValueError, match=r"into.params\['w_up'\] must be C-contiguous, aligned and writable"):
         layer.backward(problem.dy, out, into=grads)
 
 

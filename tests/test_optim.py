@@ -245,7 +245,7 @@ def read_only(array):
     return array
 
 
-W, OTHER = np.ones(2), np.ones(2)
+W, OTHER, LINE = np.ones(2), np.ones(2), np.ones(8)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,11 @@ W, OTHER = np.ones(2), np.ones(2)
         (lambda: AdamW({"w": np.ones(2, ">f8")}), TypeError, "float32, float64 or bfloat16"),
         (lambda: AdamW({"w": read_only(np.ones(2))}), ValueError, r"params\['w'\] is read-only"),
         (lambda: AdamW({"a": W, "b": W[1:]}), ValueError, "share memory"),
+        (
+            lambda: AdamW({"a": LINE[::2], "b": LINE[1:2], "c": LINE[1:4:2]}),  # b and c lie within a's span
+            ValueError,
+            r"params\['b'\] and params\['c'\] share memory",
+        ),
         (lambda: AdamW({"a": {"b": W}, "a.b": OTHER}), ValueError, "both called 'a.b'"),
         (lambda: optim.clip_gradients({"w": W}, 0.0), ValueError, "max_norm must be finite and > 0"),
         (lambda: optim.clip_gradients({"w": W}, "1"), TypeError, "max_norm must be a real number"),

@@ -6,11 +6,13 @@ be meant (objects, complex numbers, masks that would be lost) is refused with th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.array_utils import byte_bounds
 
 from numoe import _core
 
@@ -114,6 +116,30 @@ def line_aligned(array: npt.NDArray[Any], dtype: np.dtype[Any] | None = None) ->
     placed = _core.line_aligned_zeros(array.shape, dtype)
     placed[...] = array
     return placed
+
+
+def overlap(
+    written: Mapping[str, npt.NDArray[Any]], read: Mapping[str, npt.NDArray[Any]] | None = None
+) -> tuple[str, str] | None:
+    """The names of two arrays that share memory, one of them written at least; None if there are none.
+
+    >>> a = np.zeros(4)
+    >>> overlap({"even": a[::2], "odd": a[1::2]}), overlap({"head": a[:3]}, {"tail": a[2:], "all": a})
+    (None, ('head', 'all'))
+    """
+    named = [(name, array, True) for name, array in written.items()]
+    named += [(name, array, False) for name, array in (read or {}).items()]
+    spans = sorted((*byte_bounds(array), i) for i, (_, array, _) in enumerate(named) if array.size)
+    begun: list[tuple[int, int]] = []  # end and number of those that reach to where the next one starts
+    for start, stop, i in spans:
+        name, array, changes = named[i]
+        begun = [(end, j) for end, j in begun if end > start]
+        for _, j in begun:
+            other, values, too = named[j]
+            if (changes or too) and np.shares_memory(array, values):
+                return (name, other) if i < j else (other, name)
+        begun.append((stop, i))
+    return None
 
 
 def as_mask(mask: Any, num_tokens: int, leading: tuple[int, ...] | None = None, name: str = "mask") -> BoolArray:

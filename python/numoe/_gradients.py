@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numoe import losses
-from numoe._arrays import FloatArray
+from numoe._arrays import FloatArray, overlap
 from numoe._steps import SHARED_GATE, Branch, in_shape
 from numoe.config import MoEConfig
 from numoe.outputs import ForwardCache, MoEGrads, MoEOutput, check_output
@@ -47,26 +47,37 @@ class GradStore(NamedTuple):
 
 
 def grad_store(
-    into: MoEGrads | None, accumulate: bool, config: MoEConfig, params: Mapping[str, FloatArray]
+    into: MoEGrads | None, accumulate: bool, dy: FloatArray, config: MoEConfig, params: Mapping[str, FloatArray]
 ) -> GradStore:
-    """``into=`` and ``accumulate=`` of a backward, checked: the arrays fit and are not the parameters themselves."""
+    """``into=`` and ``accumulate=`` of a backward, checked: the arrays fit, and writing one changes nothing else."""
     if into is None:
         if accumulate:
             raise ValueError("accumulate=True adds to earlier gradients; pass them as into=.")
         return GradStore(None, False)
     if not isinstance(into, MoEGrads):
         raise TypeError(f"into must be the MoEGrads of an earlier backward; got {type(into).__name__}.")
-    dtype = config.compute_dtype
+    if not isinstance(into.params, Mapping):
+        raise TypeError(f"into.params must map names to arrays; got {type(into.params).__name__}.")
+    places = {}
     for name, shape in config.param_shapes().items():
-        value = into.params.get(name)
-        if value is None or value.shape != shape or value.dtype != dtype:
-            got = "nothing" if value is None else f"{value.dtype} {value.shape}"
-            raise ValueError(f"into.params[{name!r}] must be a {dtype} array of shape {shape}; got {got}.")
-        if not value.flags.c_contiguous or not value.flags.writeable:
-            raise ValueError(f"into.params[{name!r}] must be C-contiguous and writable.")
-        if np.may_share_memory(value, params[name]):
-            raise ValueError(f"into.params[{name!r}] overlaps the parameter itself; pass a backward's own arrays.")
+        called = f"into.params[{name!r}]"
+        places[called] = _checked_place(called, into.params.get(name), shape, config.compute_dtype)
+    shared = overlap(places, {"dy": dy} | {f"layer.params[{name!r}]": value for name, value in params.items()})
+    if shared is not None:
+        raise ValueError(f"{shared[0]} overlaps {shared[1]}; pass the arrays of an earlier backward.")
     return GradStore(into.params, accumulate)
+
+
+def _checked_place(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> FloatArray:
+    ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+    if not ours or value.shape != shape or value.dtype != dtype:
+        got = f"{value.dtype} {value.shape}" if ours else "nothing" if value is None else type(value).__name__
+        raise ValueError(f"{name} must be a {dtype} array of shape {shape}; got {got}.")
+    flags = value.flags
+    if not (flags.c_contiguous and flags.aligned and flags.writeable):
+        raise ValueError(f"{name} must be C-contiguous, aligned and writable.")
+    place: FloatArray = value
+    return place
 
 
 # ── the steps in reverse ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -213,6 +213,8 @@ def experts_backward(
         weights = as_float(weights, "weights", x.dtype, ndim=2)
     if not combined and config.weight_on == "output":
         weights = None
+    if into is not None:
+        _check_into(into, config)
     return _core.experts_backward(
         dresult,
         x,
@@ -229,3 +231,12 @@ def experts_backward(
         into,
         accumulate,
     )
+
+
+def _check_into(into: Any, config: ExpertConfig) -> None:
+    """Every gradient has a place; the core looks at the arrays."""
+    if not isinstance(into, Mapping):
+        raise TypeError(f"into must map names to arrays; got {type(into).__name__}.")
+    missing = [name for name in _NAMES[config.form, config.bias] if name not in into]
+    if missing:
+        raise ValueError(f"into must hold an array for every gradient; missing: {', '.join(missing)}.")

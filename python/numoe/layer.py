@@ -342,10 +342,10 @@ class MoELayer:
         config = self._config
         check_own(out, config, self.params)
         self._check_state()
-        store = grad_store(into, checked_flag("accumulate", accumulate), config, self.params)
         dy = as_float(dy, "dy", config.compute_dtype)
         if dy.shape != out.y.shape:
             raise ValueError(f"dy must have the shape of out.y, {out.y.shape}; got {dy.shape}.")
+        store = grad_store(into, checked_flag("accumulate", accumulate), dy, config, self.params)
         largest = float(np.finfo(config.compute_dtype).max) / max([1.0, *config.aux_losses.values()])
         scale = checked_real("d_aux_loss", d_aux_loss, low=-largest, high=largest)
         return layer_gradients(dy, out, scale, store)

@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from numoe._arrays import overlap
 from numoe.config import checked_flag, checked_int, checked_real
 
 Array = npt.NDArray[Any]
@@ -143,12 +144,10 @@ def _check_writable(arrays: Mapping[str, Array], name: str) -> None:
             raise TypeError(f"{name}[{key!r}] must be float32, float64 or bfloat16; got dtype {array.dtype}.")
         if not array.flags.writeable:
             raise ValueError(f"{name}[{key!r}] is read-only and cannot be changed in place; pass a writable array.")
-    spans = sorted((*np.lib.array_utils.byte_bounds(a), key) for key, a in arrays.items() if a.size)
-    end, first = 0, ""
-    for start, stop, second in spans:
-        if start < end and np.shares_memory(arrays[first], arrays[second]):
-            raise ValueError(f"{name}[{first!r}] and {name}[{second!r}] share memory; give each array once.")
-        end, first = max((end, first), (stop, second))
+    shared = overlap(arrays)
+    if shared is not None:
+        first, second = shared
+        raise ValueError(f"{name}[{first!r}] and {name}[{second!r}] share memory; give each array once.")
 
 
 def _work_dtype(param: Array) -> np.dtype[Any]:
