@@ -35,6 +35,7 @@ INDICES = np.tile(np.int32([2, 0]), (T, 1))
 WEIGHTS = np.full((T, K), 0.5, np.float32)
 LOGITS = np.random.default_rng(2).standard_normal((T, E)).astype(np.float32)
 ROUTER = numoe.RouterConfig(num_experts=E, top_k=K)
+SHARED = numoe.SharedExpertConfig(d_ff=F)
 
 
 def refused(row: tuple[Callable[..., Any], str], *arguments: Any) -> None:
@@ -261,7 +262,11 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B84 masked": (lambda y: spoiled(y, "w_up", np.ma.masked_array(y.params["w_up"], True))(X),
         r"ValueError: layer.params\['w_up'\] must"),
     "B16 memory order": (lambda y: spoiled(y, "w_up", np.ones((F, D, E), "f4").T)(X),
-        r"ValueError: .*params\['w_up'\] must be C-contiguous"),
+        r"ValueError: layer.params\['w_up'\] must be C-contiguous and aligned.*np\.ascontiguousarray"),
+    "B16 shared": (lambda _: spoiled(make(shared=SHARED), "w_shared_up", np.ones((F, D), "f4").T)(X),
+        r"ValueError: layer.params\['w_shared_up'\] must be C-contiguous"),
+    "B40 misaligned": (lambda y: spoiled(y, "w_up", misaligned(y.params["w_up"]))(X),
+        r"ValueError: layer.params\['w_up'\] must be C-contiguous and aligned"),
     "B90 lengths": (forward(sequence_lengths=[2, 3]), r"ValueError: sequence_lengths .*tokens \(6\)"),
     "B90 floats": (forward(sequence_lengths=[2.0, 4.0]), "TypeError: sequence_lengths must be"),
     "B90 ragged": (forward(sequence_lengths=[[2], [2, 2]]), "ValueError: sequence_lengths"),

@@ -394,6 +394,35 @@ def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
     assert "CheckpointError" in done.stderr or "OSError" in done.stderr
 
 
+SPOILED: dict[str, tuple[Callable[[numoe.MoELayer], Any], str]] = {
+    "extra": (lambda y: y.params.update(w_extra=np.ones(3)), r"layer\.params .* unexpected: 'w_extra'"),
+    "extra buffer": (lambda y: y.buffers.update(mean=np.ones(3)), r"layer\.buffers .* unexpected: 'mean'"),
+    "missing": (lambda y: y.params.pop("w_up"), r"layer\.params\['w_up'\] must be .*; got NoneType"),
+    "shape": (lambda y: y.params.update(w_router=np.ones((3, 3), np.float32)), r"params\['w_router'\] must .*\(3, 3\)"),
+    "dtype": (lambda y: y.params.update(w_router=np.ones((8, 6))), r"layer\.params\['w_router'\] must .*got float64"),
+    "list": (lambda y: y.params.update(w_up=[1.0]), r"layer\.params\['w_up'\] must .*; got list"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_a_layer_that_does_not_fit_its_configuration_is_not_used(fault: str, tmp_path: Path) -> None:
+    """Above all not saved: `load` would refuse the file."""
+    layer = make()
+    state = layer.state_dict()
+    spoil, message = SPOILED[fault]
+    spoil(layer)
+    uses = (
+        lambda: layer.save(tmp_path / "a.safetensors"),
+        lambda: layer.load_state_dict(state, strict=False),
+        lambda: layer(tokens(layer)),
+        lambda: layer.forward(tokens(layer)),
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
 # ── atomic saving
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from numoe import _core, checkpoint
 from numoe._arrays import FloatArray, line_aligned
-from numoe.config import MoEConfig
+from numoe.config import READ_IN_PLACE, MoEConfig
 
 
 def initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, FloatArray]:
@@ -35,11 +35,19 @@ def check_state(config: MoEConfig, params: Mapping[str, FloatArray], buffers: Ma
     for kind, values, specs in (("params", params, config.param_specs), ("buffers", buffers, config.buffer_specs)):
         for name, (shape, dtype) in specs.items():
             value = values.get(name)
-            if type(value) is not np.ndarray or value.shape != shape or value.dtype != dtype:
-                _check_array(f"layer.{kind}[{name!r}]", value, shape, dtype)
+            if type(value) is not np.ndarray or value.shape != shape or value.dtype != dtype or not _in_order(value):
+                _check_array(f"layer.{kind}[{name!r}]", value, shape, dtype, in_order=name in READ_IN_PLACE)
+        if len(values) != len(specs):
+            odd = ", ".join(repr(name) for name in values if name not in specs)
+            raise ValueError(f"layer.{kind} must hold {', '.join(specs) or 'nothing'} alone; unexpected: {odd}.")
 
 
-def _check_array(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _in_order(array: FloatArray) -> bool:
+    flags = array.flags
+    return flags.c_contiguous and flags.aligned
+
+
+def _check_array(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], in_order: bool) -> None:
     """A subclass of ndarray passes, unless it means something else."""
     ours = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
     if not ours or value.shape != shape or value.dtype != dtype:
@@ -47,6 +55,8 @@ def _check_array(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[
         raise ValueError(
             f"{name} must be a {dtype} array of shape {shape}; got {got}.  Assign in place: {name}[...] = value."
         )
+    if in_order and not _in_order(value):
+        raise ValueError(f"{name} must be C-contiguous and aligned; put np.ascontiguousarray({name}) in its place.")
 
 
 def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, FloatArray]]:

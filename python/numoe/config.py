@@ -587,3 +587,4 @@ class MoEConfig(_Checked):
 
 EXPERT_PARAMS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")  # have a leading E axis
 EXPERT_MATRICES = ("w_gate", "w_up", "w_down", "w_shared_gate", "w_shared_up", "w_shared_down")
+READ_IN_PLACE = frozenset(EXPERT_PARAMS + EXPERT_MATRICES)  # never copied, because they may be gigabytes

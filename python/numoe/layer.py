@@ -446,7 +446,8 @@ class MoELayer:
         numoe.CheckpointError
             For missing or unexpected names, shapes or dtypes that do not fit.
         TypeError, ValueError
-            If `state` is no mapping, or an array of the layer is read-only.  In all cases before anything was changed.
+            If `state` is no mapping, or an array of the layer is read-only or does not fit its configuration.  In all
+            cases before anything was changed.
 
         Examples
         --------
@@ -455,6 +456,7 @@ class MoELayer:
         >>> layer.load_state_dict({"w_up": other.params["w_up"]}, strict=False)
         ['w_router', 'w_gate', 'w_down']
         """
+        self._check_state()
         return checkpoint.copy_state(state, self.state_dict(), strict=strict)
 
     def save(self, path: Any) -> None:
@@ -462,6 +464,8 @@ class MoELayer:
 
         Raises
         ------
+        ValueError
+            If `path` has another suffix, or an array of the layer does not fit its configuration.
         OSError
             If the file cannot be written; one that was there before is untouched then.
 
@@ -469,6 +473,7 @@ class MoELayer:
         --------
         MoELayer.load : with an example of both.
         """
+        self._check_state()
         checkpoint.save(path, self.state_dict(), config=self._config.to_dict())
 
     @classmethod
