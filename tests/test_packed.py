@@ -196,6 +196,23 @@ def test_arrays_of_every_kind_give_the_same_numbers():
     assert packed(x[:0]).shape == (0, D) and packed(x.reshape(3, 1, 2, D)).shape == (3, 1, 2, D)
 
 
+@pytest.mark.parametrize("x_dtype", ["float16", "float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_x_is_not_rounded_and_the_result_is_bfloat16_only_if_x_is(dtype, x_dtype):
+    """What the functions give in the dtype of the arithmetic; `MoELayer` rounds x and y to its own."""
+    layer, x = make("softmax", "glu", True, None, dtype), tokens(20, x_dtype)
+    y, wide, params = layer.pack()(x), x.astype(layer.config.compute_dtype), layer.params
+    logits = numoe.router_logits(wide, params["w_router"], params["b_router"])
+    routing = numoe.route(logits, layer.config.router)
+    parts = {"weights": routing.weights, "combined": True}
+    plan = numoe.dispatch(routing, layer.config.router)
+    expected, _ = numoe.experts_forward(wide, plan, params, layer.config.experts, **parts)
+    assert y.dtype == ("bfloat16" if x_dtype == "bfloat16" else wide.dtype)
+    assert_bitwise_equal(y, expected.astype(y.dtype))
+    if dtype in (x_dtype, "float32", "float64"):
+        assert_bitwise_equal(y, layer(x).astype(y.dtype))
+
+
 @pytest.mark.parametrize(
     ("x", "error", "match"),
     [

@@ -32,8 +32,13 @@ class PackedMoELayer:
 
     .. math:: y_t = \sum_k w_{tk}\, f_{e(t,k)}(x_t)\; (+\; f_{shared}(x_t))
 
-    The panels are those of the CPU target in use.  They give the bits of ``layer(x)``; a float32 layer packed as
-    ``bfloat16`` those of a layer with its experts' weights rounded to bfloat16, in half the memory traffic.
+    The panels are those of the CPU target in use.  They give the bits of ``layer(x)`` for an x of the layer's dtype; a
+    float32 layer packed as ``bfloat16`` those of a layer with its experts' weights rounded to bfloat16, in half the
+    memory traffic.
+
+    Any other x is converted to the dtype of the arithmetic - float32, or float64 in a float64 layer - and the result
+    stays in it, unless x is bfloat16: then it is rounded to bfloat16.  A bfloat16 `MoELayer` rounds x and y to its own
+    dtype first and last; packed, it takes a float32 x as it is and returns float32.
 
     CPUs that multiply bfloat16 numbers in pairs (``python -m numoe info`` says so) do so for any number of tokens, in
     packed layers as in `MoELayer`.  Then what the experts' matrices multiply is rounded to bfloat16 too - x, after its
@@ -122,7 +127,7 @@ class PackedMoELayer:
         Parameters
         ----------
         x : (..., D)
-            float32 or bfloat16 (float64 for a float64 layer); other floating dtypes are converted.
+            Of any floating dtype; converted to that of the arithmetic.
 
         Returns
         -------
