@@ -273,6 +273,12 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B90 wrap": (forward(x=X[:0], sequence_lengths=[2**62] * 4), "ValueError: sequence_lengths"),
     "B72 bias": (lambda y: y.update_choice_bias(y.forward(X)),
         "ValueError: .*choice_bias=True"),
+    "B72 other experts": (lambda _: make(choice_bias=True).update_choice_bias(make(num_experts=2).forward(X)),
+        "ValueError: out comes from a layer with 2 experts; this one has 3"),
+    "B72 rate": (lambda _: (b := make(choice_bias=True)).update_choice_bias(b.forward(X), rate=1e39),
+        "ValueError: rate must be finite and .*got 1e"),
+    "B72 read-only": (lambda _: read_only_bias().update_choice_bias(make().forward(X)),
+        "ValueError: read-only buffer 'choice_bias'; replace it by a writable copy"),
     "B73 bias without output": (lambda y: make(choice_bias=True).update_choice_bias(None),
         "TypeError: out must be"),
 }
@@ -290,6 +296,12 @@ def spoiled(layer: Layer, name: str, value: Any) -> Layer:
     twin = copy.copy(layer)
     twin.params[name] = value
     return twin
+
+
+def read_only_bias() -> Layer:
+    layer = make(choice_bias=True)
+    read_only(layer.buffers["choice_bias"])
+    return layer
 
 
 @pytest.mark.parametrize("row", CALLS)

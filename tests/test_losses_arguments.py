@@ -81,6 +81,13 @@ ERRORS = {
     "TypeError: counts must be an array of numbers": lambda: update_choice_bias(np.zeros(1), ["a"]),
     "ValueError: rate must .* got -1": lambda: update_choice_bias(np.zeros(2), [1, 2], rate=-1),
     "ValueError: rate must .* got nan": lambda: update_choice_bias(np.zeros(2), [1, 2], rate=math.nan),
+    "ValueError: rate must be finite and >= 0 and <= 3.40282e\\+38; got 1e\\+39": lambda: update_choice_bias(
+        np.zeros(2, np.float32), [1, 2], rate=1e39
+    ),
+    "ValueError: choice_bias would become infinite; give a smaller rate than 3e\\+38": lambda: update_choice_bias(
+        np.full(2, 3e38, np.float32), [1, 2], rate=3e38
+    ),
+    "ValueError: choice_bias must be finite; entry 1 is not": lambda: update_choice_bias([0.0, np.inf], [1, 2]),
     "TypeError: choice_bias": lambda: update_choice_bias(np.zeros(2, int), [1, 2]),
     "TypeError: kept must be a bool array": lambda: compare_conventions(Z, I, kept=np.ones((3, 2))),
     "ValueError: kept must have the shape": lambda: compare_conventions(Z, I, kept=np.ones(3, bool)),

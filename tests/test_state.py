@@ -423,6 +423,24 @@ def test_a_layer_that_does_not_fit_its_configuration_is_not_used(fault: str, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_choice_bias_that_no_call_takes_is_neither_kept_nor_packed(value: float, tmp_path: Path) -> None:
+    path, layer = (
+        tmp_path / "a.safetensors",
+        numoe.MoELayer(d_model=8, d_ff=12, num_experts=6, top_k=2, choice_bias=True, rng=0),
+    )
+    state = layer.state_dict() | {"choice_bias": np.array([0, 0, value, 0, 0, 0], np.float32)}
+    checkpoint.save(path, state, config=layer.config.to_dict())
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: choice_bias must be finite; entry 2 is not"):
+        numoe.MoELayer.load(path)
+    before = path.read_bytes()
+    layer.buffers["choice_bias"][2] = value
+    for use in (layer.pack, lambda: layer.save(path)):
+        with pytest.raises(ValueError, match=r"^choice_bias must be finite; entry 2 is not"):
+            use()
+    assert path.read_bytes() == before
+
+
 # ── atomic saving
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numoe import _core, checkpoint
 from numoe._arrays import FloatArray, line_aligned
 from numoe.config import READ_IN_PLACE, MoEConfig
+from numoe.routing import checked_choice_bias
 
 
 def initial_params(config: MoEConfig, rng: np.random.Generator) -> dict[str, FloatArray]:
@@ -40,6 +41,13 @@ def check_state(config: MoEConfig, params: Mapping[str, FloatArray], buffers: Ma
         if len(values) != len(specs):
             odd = ", ".join(repr(name) for name in values if name not in specs)
             raise ValueError(f"layer.{kind} must hold {', '.join(specs) or 'nothing'} alone; unexpected: {odd}.")
+
+
+def check_numbers(buffers: Mapping[str, FloatArray]) -> None:
+    """What every call refuses is not kept, and not packed: a choice bias that is not finite."""
+    bias = buffers.get("choice_bias")
+    if bias is not None:
+        checked_choice_bias(bias, bias.dtype)
 
 
 def _in_order(array: FloatArray) -> bool:
@@ -75,4 +83,9 @@ def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, F
     state, settings = checkpoint.load(path, specs_of)
     config = configured(settings)
     params = {name: line_aligned(state[name]) for name in config.param_specs}
-    return config, params, {name: state[name] for name in config.buffer_specs}
+    buffers = {name: state[name] for name in config.buffer_specs}
+    try:
+        check_numbers(buffers)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
+    return config, params, buffers

@@ -14,7 +14,7 @@ from numoe import checkpoint, losses
 from numoe._arrays import BoolArray, FloatArray, as_float
 from numoe._gradients import check_own, grad_store, layer_gradients
 from numoe._inputs import check_out, lengths_of, outside_logits, outside_routing, routing_source, tokens_of
-from numoe._state import check_state, initial_buffers, initial_params, read_state
+from numoe._state import check_numbers, check_state, initial_buffers, initial_params, read_state
 from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, infer, router_pass, run_experts
 from numoe.config import MoEConfig, checked_flag, checked_real
 from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput, check_output
@@ -371,7 +371,8 @@ class MoELayer:
         TypeError
             For another dtype than these.
         ValueError
-            For a layer with a capacity, or a dtype that its weights cannot be stored in.
+            For a layer with a capacity, a choice bias that is not finite, or a dtype that its weights cannot be stored
+            in.
 
         Examples
         --------
@@ -380,6 +381,7 @@ class MoELayer:
         'bfloat16'
         """
         self._check_state()
+        check_numbers(self.buffers)
         return PackedMoELayer(self, self._config.dtype if dtype is None else dtype)
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -394,7 +396,8 @@ class MoELayer:
         Raises
         ------
         TypeError, ValueError
-            If the layer was built without ``choice_bias=True``, or `rate` is negative or not finite.
+            If the layer was built without ``choice_bias=True`` or holds a read-only bias, `out` comes from a layer
+            with another number of experts, or `rate` is negative or not finite in the bias's dtype.
 
         References
         ----------
@@ -411,10 +414,17 @@ class MoELayer:
         """
         if "choice_bias" not in self.buffers:
             raise ValueError("this layer has no choice bias; build it with choice_bias=True.")
+        self._check_state()
         check_output(out)
-        chosen = out.routing.indices
-        counts = np.bincount(chosen[chosen >= 0], minlength=self._config.router.num_experts)
-        self.buffers["choice_bias"][...] = losses.update_choice_bias(self.buffers["choice_bias"], counts, rate)
+        experts, bias, chosen = self._config.router.num_experts, self.buffers["choice_bias"], out.routing.indices
+        if out.dispatch.num_experts != experts:
+            raise ValueError(
+                f"out comes from a layer with {out.dispatch.num_experts} experts; this one has {experts}.  "
+                "Pass this layer's own forward result."
+            )
+        if not bias.flags.writeable:
+            raise ValueError("read-only buffer 'choice_bias'; replace it by a writable copy first.")
+        bias[...] = losses.update_choice_bias(bias, np.bincount(chosen[chosen >= 0], minlength=experts), rate)
 
     def state_dict(self) -> dict[str, FloatArray]:
         """Name → array of all parameters and buffers: the layer's own arrays, not copies.
@@ -474,6 +484,7 @@ class MoELayer:
         MoELayer.load : with an example of both.
         """
         self._check_state()
+        check_numbers(self.buffers)
         checkpoint.save(path, self.state_dict(), config=self._config.to_dict())
 
     @classmethod

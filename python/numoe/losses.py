@@ -42,6 +42,7 @@ import numpy.typing as npt
 from numoe import _core
 from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask
 from numoe.config import SCORES, checked_choice, checked_int, checked_real
+from numoe.routing import checked_choice_bias
 
 __all__ = [
     "CONVENTIONS",
@@ -462,7 +463,8 @@ def update_choice_bias(choice_bias: npt.ArrayLike, counts: npt.ArrayLike, rate: 
     TypeError
         choice_bias not floating, counts not numbers, rate not a number.
     ValueError
-        Shapes that do not fit, a count that is negative or not finite, a rate that is negative or not finite.
+        Shapes that do not fit, a bias that is not finite or would not stay so, a count that is negative or not
+        finite, a rate that is negative or not finite in the dtype of `choice_bias`.
 
     References
     ----------
@@ -474,7 +476,8 @@ def update_choice_bias(choice_bias: npt.ArrayLike, counts: npt.ArrayLike, rate: 
     array([-0.01,  0.01,  0.  ])
     """
     bias = as_float(choice_bias, "choice_bias", ndim=1)
-    step = checked_real("rate", rate)
+    checked_choice_bias(bias, bias.dtype)
+    step = checked_real("rate", rate, high=float(np.finfo(bias.dtype).max))
     load = np.asarray(counts)
     if load.dtype.kind not in "iuf":
         raise TypeError(f"counts must be an array of numbers (E,); got dtype {load.dtype}.")
@@ -486,7 +489,11 @@ def update_choice_bias(choice_bias: npt.ArrayLike, counts: npt.ArrayLike, rate: 
     # mean(c) > c_e as  Σ c > E c_e, without rounding
     load = load.astype(np.float64 if load.dtype.kind == "f" else object)
     direction = np.sign(load.sum() - load.size * load).astype(bias.dtype)
-    return np.asarray(bias + bias.dtype.type(step) * direction)
+    with np.errstate(all="ignore"):
+        moved = np.asarray(bias + bias.dtype.type(step) * direction)
+    if not np.isfinite(moved).all():
+        raise ValueError(f"choice_bias would become infinite; give a smaller rate than {step:g}.")
+    return moved
 
 
 # ------------------------------------------------------------------------------------------------------ audit
