@@ -142,6 +142,8 @@ CONSTRUCTION: dict[str, tuple[Callable[..., Any], str]] = {
     "B54 positional": (lambda: Layer(4, 5), "TypeError: .*positional"),
     "B88 negative": (lambda: make(aux_losses={"z": -1}), r"ValueError: aux_losses\['z'\] must be .*; got -1"),
     "B88 nan": (lambda: make(aux_losses={"z": float("nan")}), r"ValueError: aux_losses\['z'\] .*; got nan"),
+    "B88 beyond float32": (lambda: make(aux_losses={"z": 1e39}),
+        r"ValueError: aux_losses\['z'\] must be finite and .*<= 3.40282e\+38; got 1e\+39"),
     "B88 list": (lambda: make(aux_losses=["z"]), "TypeError: aux_losses must map .*; got list"),
     "B88 load": (lambda: make(aux_losses={"load": 1}), "ValueError: .*'load'.*needs noise_std > 0"),
 }
@@ -267,6 +269,8 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
         r"ValueError: layer.params\['w_shared_up'\] must be C-contiguous"),
     "B40 misaligned": (lambda y: spoiled(y, "w_up", misaligned(y.params["w_up"]))(X),
         r"ValueError: layer.params\['w_up'\] must be C-contiguous and aligned"),
+    "B88 sum": (lambda _: make(dtype="float64", aux_losses={"z": 1.7e308, "megatron": 1.7e308}).forward(X),
+        r"OverflowError: aux_loss, .*float64.*coefficients.*'z': 1.7e\+308"),
     "B90 lengths": (forward(sequence_lengths=[2, 3]), r"ValueError: sequence_lengths .*tokens \(6\)"),
     "B90 floats": (forward(sequence_lengths=[2.0, 4.0]), "TypeError: sequence_lengths must be"),
     "B90 ragged": (forward(sequence_lengths=[[2], [2, 2]]), "ValueError: sequence_lengths"),

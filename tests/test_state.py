@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -127,6 +128,33 @@ def test_paths_of_any_kind(kind: Any, tmp_path: Path) -> None:
     name = kind(tmp_path / "Größe ü.safetensors")
     layer.save(name)
     assert snapshot(numoe.MoELayer.load(name)) == snapshot(layer)
+
+
+# ── configurations
+
+
+def test_a_configuration_is_one_value(tmp_path: Path) -> None:
+    """Immutable to the last field, so that it can be hashed, and the same after every journey."""
+    config = make().config
+    given = {"switch": 0.1, "load": 0.2}
+    other = config.replace(aux_losses=given)
+    given["switch"] = 7.0
+    assert other == config and hash(other) == hash(config) and other.aux_losses == {"load": 0.2, "switch": 0.1}
+    assert config.replace(aux_losses={}) != config
+    for twin in (
+        numoe.MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))),
+        dataclasses.replace(config, d_model=8),
+        copy.deepcopy(config),
+        *(pickle.loads(pickle.dumps(config, n)) for n in range(2, 6)),
+    ):
+        assert twin == config and hash(twin) == hash(config) and repr(twin) == repr(config)
+        assert list(twin.aux_losses.items()) == list(config.aux_losses.items())
+    assert "aux_losses={'switch': 0.1, 'load': 0.2}" in repr(config)
+    assert type(config.to_dict()["aux_losses"]) is dict
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        config.aux_losses["switch"] = 1.0  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        config.aux_losses.update(switch=1.0)  # type: ignore[attr-defined]
 
 
 # ── state dicts

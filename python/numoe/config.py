@@ -11,7 +11,7 @@ import difflib
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -366,6 +366,34 @@ class SharedExpertConfig(_Checked):
         return ExpertConfig(d_ff=self.d_ff, form=self.form, activation=self.activation)
 
 
+class Coefficients(Mapping[str, float]):
+    """Loss name → coefficient.  A mapping that cannot change, so that its configuration can be hashed.
+
+    >>> Coefficients({"z": 0.1}), Coefficients({"z": 0.1}) == {"z": 0.1}
+    ({'z': 0.1}, True)
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(_Checked):
     """Everything that defines an MoE layer except its numbers.
@@ -393,7 +421,7 @@ class MoEConfig(_Checked):
     experts: ExpertConfig
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     shared: SharedExpertConfig | None = None
-    aux_losses: Mapping[str, float] = field(default_factory=dict)
+    aux_losses: Mapping[str, float] = field(default_factory=dict)  # kept as Coefficients
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -407,15 +435,13 @@ class MoEConfig(_Checked):
                 "aux_losses must map loss names to coefficients, e.g. {'switch': 0.01}; "
                 f"got {type(self.aux_losses).__name__}."
             )
-        losses = {
-            checked_choice("aux_losses name", name, AUX_LOSSES): checked_real(f"aux_losses[{name!r}]", coefficient)
-            for name, coefficient in self.aux_losses.items()
-        }
-        self._set(
-            d_model=checked_int("d_model", self.d_model, 1, 2**31 - 1),
-            aux_losses=losses,
-            dtype=as_dtype(self.dtype).name,
-        )
+        self._set(d_model=checked_int("d_model", self.d_model, 1, 2**31 - 1), dtype=as_dtype(self.dtype).name)
+        largest = float(np.finfo(self.compute_dtype).max)  # gradients are multiplied by it
+        losses = {}
+        for name, value in self.aux_losses.items():
+            checked_choice("aux_losses name", name, AUX_LOSSES)
+            losses[name] = checked_real(f"aux_losses[{name!r}]", value, high=largest)
+        self._set(aux_losses=Coefficients(losses))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -570,7 +596,7 @@ class MoEConfig(_Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, ready for JSON; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"aux_losses": dict(self.aux_losses)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:

@@ -245,7 +245,7 @@ class MoELayer:
             For an argument, or a parameter that was replaced, that does not fit: the message names it.  For a token
             whose logits are all -inf.
         OverflowError
-            If T·K is 2³¹ or more.
+            If T·K is 2³¹ or more, or ``aux_loss`` beyond float64.
         FloatingPointError
             With ``nan_policy="raise"``, for NaN in a real token or its logits.
 
@@ -283,7 +283,7 @@ class MoELayer:
             routing=routing,
             dispatch=plan,
             losses=terms,
-            aux_loss=math.fsum(term.coefficient * term.value for term in terms.values()),
+            aux_loss=_weighted_sum(terms),
             _cache=ForwardCache(self.params, config, tokens, router, routed, shared, found, given),
         )
 
@@ -529,3 +529,14 @@ class MoELayer:
         twin = self.__copy__()
         twin.params, twin.buffers = copy.deepcopy(self.params, memo), copy.deepcopy(self.buffers, memo)
         return twin
+
+
+def _weighted_sum(terms: Mapping[str, LossTerm]) -> float:
+    try:
+        total = math.fsum(term.coefficient * term.value for term in terms.values())
+    except OverflowError:
+        total = math.inf
+    if math.isinf(total) and all(math.isfinite(term.value) for term in terms.values()):
+        given = {name: term.coefficient for name, term in terms.items()}
+        raise OverflowError(f"aux_loss, Σ coefficient · value, is beyond float64; the coefficients are {given}.")
+    return total
