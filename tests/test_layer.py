@@ -413,6 +413,18 @@ def test_the_choice_bias_moves_towards_idle_experts() -> None:
     assert layer.forward(x).dispatch.load.max() < 2 * 400 / 6
 
 
+def test_results_are_equal_to_themselves_alone() -> None:
+    """Comparing arrays gives arrays; and what can be compared without an error can be kept in sets."""
+    layer, x = make(), tokens(32)
+    out, again = layer.forward(x), layer.forward(x)
+    config = layer.config.experts
+    pairs = [(out, again), (out.routing, again.routing), (out.dispatch, again.dispatch)]
+    pairs += [(layer.backward(x, out), layer.backward(x, again))]
+    pairs += [tuple(numoe.experts_forward(x, out.dispatch, layer.params, config)[1] for _ in range(2))]
+    for one, other in pairs:
+        assert one == one and one != other and len({one, other}) == 2
+
+
 def test_two_forwards_may_be_alive_at_once() -> None:
     layer, first, second, dy = make(aux_losses={"z": 0.1}), tokens(29), tokens(30), tokens(31)
     a, b = layer.forward(first), layer.forward(second)

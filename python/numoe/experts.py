@@ -15,7 +15,7 @@ from numoe.config import EXPERT_PARAMS, ExpertConfig
 from numoe.routing import Dispatch, check_config, check_kind
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertCache:
     """What `experts_backward` uses of the forward: the rows before the activation.
 

@@ -41,7 +41,7 @@ class ForwardCache(NamedTuple):
     given: tuple[int, ...] | None  # the shape of the logits or weights from outside
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MoEOutput:
     """What `MoELayer.forward` returns; give it to `MoELayer.backward`.
 
@@ -83,7 +83,7 @@ def check_output(out: Any) -> None:
         raise TypeError(f"out must be the MoEOutput of layer.forward(x); got {type(out).__name__}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MoEGrads:
     """What `MoELayer.backward` returns.
 

@@ -27,7 +27,7 @@ from numoe._arrays import (
 from numoe.config import DispatchConfig, RouterConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
     """The router's decision for T tokens.
 
@@ -54,7 +54,7 @@ class Routing:
         return f"Routing(T={tokens}, K={choices}, E={experts}, dtype={self.weights.dtype})"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dispatch:
     """Rows in expert order: integers only, so one plan serves every dtype, the forward and the backward.
 
@@ -297,7 +297,7 @@ def route_backward(dweights: Any, routing: Routing, config: RouterConfig) -> Flo
 # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Groups:
     """Capacity groups: (G, 3) of begin, end, capacity."""
 

@@ -150,7 +150,7 @@ def _place(at: tuple[Any, ...]) -> str:
 # ── random problems ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A layer's configuration, numbers for it, and tokens."""
 

@@ -43,7 +43,7 @@ class LossTerm:
     coefficient: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MoEOutput:
     """What `forward` returns."""
 
@@ -55,7 +55,7 @@ class MoEOutput:
     cache: _Cache = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MoEGrads:
     """What `backward` returns."""
 
@@ -65,7 +65,7 @@ class MoEGrads:
     weights: Array | None = None  # if the weights came from outside, in their shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RouterLogits:
     """The router's logits and how they came about."""
 
@@ -75,7 +75,7 @@ class RouterLogits:
     jitter: Array | int  # (T, D), the factor on the router's input
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedCache:
     """What `shared_backward` needs."""
 
@@ -85,7 +85,7 @@ class SharedCache:
     gate: Array  # (T, 1), before the sigmoid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Cache:
     """What `backward` needs."""
 

@@ -17,7 +17,7 @@ from numoe.reference.routing import log_score_slope
 from numoe.reference.routing import score as score_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Loss:
     """A value and its gradients: ``d`` + the name of the argument, and of its shape; None if it has no part."""
 

@@ -11,7 +11,7 @@ from numoe.config import DispatchConfig, RouterConfig
 from numoe.reference.functions import Array, quiet, sigmoid, softmax, softmax_backward, softplus
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
     """What the router decided about T tokens."""
 
@@ -21,7 +21,7 @@ class Routing:
     mask: Array | None = None  # (T,) bool, True: a real token
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dispatch:
     """Which row computes which assignment; integers only."""
 
