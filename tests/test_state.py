@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,44 @@ def test_a_shallow_copy_shares_the_arrays_but_not_the_dict() -> None:
     assert all(twin.params[name] is value for name, value in layer.params.items())
     twin.params["w_up"] = twin.params["w_up"] + 1
     assert twin.params["w_up"] is not layer.params["w_up"]
+
+
+class Tagged(numoe.MoELayer):
+    """What a user's subclass may keep: ordinary attributes and slots."""
+
+    __slots__ = ("__dict__", "tag")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.tag, self.history, self.self = "a", [self.params["w_up"]], self
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle 2", "pickle 5"])
+def test_a_subclass_keeps_its_attributes(way: str, tmp_path: Path) -> None:
+    layer = Tagged(config=make().config, rng=0)
+    twin = COPIES[way](layer, tmp_path)
+    assert isinstance(twin, Tagged)
+    assert twin.tag == "a" and twin.self is twin
+    assert twin.history[0] is twin.params["w_up"] and twin.history[0] is not layer.history[0]
+    assert_same_layer(twin, layer)
+    shallow = copy.copy(layer)
+    assert shallow.tag == "a" and shallow.history is layer.history and shallow.params is not layer.params
+
+
+def test_a_layer_can_be_referred_to_weakly() -> None:
+    layer = make("default")
+    packed = layer.pack()
+    references = weakref.ref(layer), weakref.ref(packed)
+    assert [reference() for reference in references] == [layer, packed]
+    del layer, packed
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_a_packed_layer_is_its_own_copy_and_not_pickled() -> None:
+    packed = make("default").pack()
+    assert copy.copy(packed) is packed and copy.deepcopy([packed])[0] is packed
+    with pytest.raises(TypeError, match=r"PackedMoELayer.* of this CPU.*pickle the layer and pack it there"):
+        pickle.dumps(packed)
 
 
 def test_an_output_can_be_used_after_the_layer_is_gone() -> None:

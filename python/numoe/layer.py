@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,7 @@ class MoELayer:
     ((2, 3, 8), (4, 8, 16))
     """
 
-    __slots__ = ("_config", "buffers", "params")
+    __slots__ = ("__weakref__", "_config", "buffers", "params")
 
     params: dict[str, FloatArray]
     buffers: dict[str, FloatArray]
@@ -513,22 +513,35 @@ class MoELayer:
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self._config.to_dict(), "params": self.params, "buffers": self.buffers}
+        state = self._attributes()
+        return {"config": state.pop("_config").to_dict(), **state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._config = MoEConfig.from_dict(state["config"])
-        self.params, self.buffers = state["params"], state["buffers"]
+        for name, value in state.items():
+            if name == "config":
+                self._config = MoEConfig.from_dict(value)
+            else:
+                setattr(self, name, value)
 
     def __copy__(self) -> MoELayer:
         """A second layer on the same arrays; `copy.deepcopy` gives it its own."""
         twin = type(self).__new__(type(self))
-        twin._config, twin.params, twin.buffers = self._config, dict(self.params), dict(self.buffers)
+        for name, value in self._attributes().items():
+            setattr(twin, name, value)
+        twin.params, twin.buffers = dict(self.params), dict(self.buffers)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
-        twin = self.__copy__()
-        twin.params, twin.buffers = copy.deepcopy(self.params, memo), copy.deepcopy(self.buffers, memo)
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self._config)] = self._config  # immutable
+        for name, value in self._attributes().items():
+            setattr(twin, name, copy.deepcopy(value, memo))
         return twin
+
+    def _attributes(self) -> dict[str, Any]:
+        """All of them, those of subclasses included."""
+        plain, slots = cast(tuple[dict[str, Any] | None, dict[str, Any]], object.__getstate__(self))
+        return {**(plain or {}), **slots}
 
 
 def _weighted_sum(terms: Mapping[str, LossTerm]) -> float:

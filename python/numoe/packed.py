@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -66,7 +66,7 @@ class PackedMoELayer:
     True
     """
 
-    __slots__ = ("_config", "_core", "_dtype", "_forward_ready", "_packing_seconds")
+    __slots__ = ("__weakref__", "_config", "_core", "_dtype", "_forward_ready", "_packing_seconds")
 
     def __init__(self, layer: MoELayer, dtype: Any) -> None:
         config = layer.config
@@ -120,6 +120,15 @@ class PackedMoELayer:
             f"PackedMoELayer({sizes}, dtype={self._dtype}: {self.nbytes / 1e6:,.1f} MB, "
             f"packed in {self._packing_seconds:.3f} s, {rate:.1f} GB/s)"
         )
+
+    def __copy__(self) -> PackedMoELayer:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedMoELayer:
+        return self  # immutable
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a PackedMoELayer is made for the kernels of this CPU; pickle the layer and pack it there.")
 
     def __call__(self, x: Any) -> FloatArray:
         """The layer's output.
