@@ -28,6 +28,24 @@ def test_assert_close_names_the_worst_place() -> None:
     assert assert_close(np.zeros(0), np.zeros(0)) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_integers_must_be_equal(dtype: Any) -> None:
+    """Those, too, that float64 cannot tell apart."""
+    assert assert_close([True, False], np.array([1, 0], dtype)) == 0.0
+    for one, other in ((2**53, 2**53 + 1), (2**63 - 1, 2**63 - 2)):
+        assert assert_close(np.array([one], dtype), np.array([one], np.int64)) == 0.0
+        with pytest.raises(AssertionError, match=rf"at \[0\]: actual {one}, expected {other}; difference 1 is inf"):
+            assert_close(np.array([one], dtype), np.array([other], np.int64))
+
+
+@pytest.mark.parametrize("value", [[1j], ["1"], [None], np.zeros(1, "M8[s]")])
+def test_assert_close_compares_real_numbers(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"y: actual has dtype .*; give real numbers"):
+        assert_close(value, [1.0], name="y")
+    with pytest.raises(TypeError, match=r"expected has dtype .*; give real numbers"):
+        assert_close([1.0], value)
+
+
 def test_assert_close_scales_with_dtype_and_size() -> None:
     one_step = np.nextafter(np.float32(1), np.float32(2))
     assert assert_close([one_step], np.ones(1, np.float32)) == pytest.approx(1 / TOLERANCES["float32"])
