@@ -68,6 +68,13 @@ def test_balance_stays_in_range_and_jain_is_cv(load):
     assert got["jain"] == pytest.approx(1 / (1 + got["cv"] ** 2), rel=1e-9)
 
 
+@pytest.mark.parametrize("unit", [1e-320, 1e-200, 1e200, 1.7e308 / 6])
+def test_balance_of_extreme_amounts(unit):
+    """Whose sum or squares leave float64."""
+    got, expected = metrics.load_summary(unit * np.array([6.0, 2, 0, 6])), metrics.load_summary([6, 2, 0, 6])
+    assert got == pytest.approx(expected, rel=1e-3 if unit < 1e-300 else 1e-12)
+
+
 @given(loads, st.randoms(use_true_random=False))
 def test_balance_does_not_know_the_order_or_the_unit(load, random):
     shuffled = [7.0 * n for n in random.sample(load, len(load))]
@@ -181,20 +188,25 @@ def test_summary_is_a_flat_dict_of_floats_with_fixed_keys():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: metrics.expert_load([[0.5]], 4), TypeError, r"indices must be an integer array \(T, K\)"),
+        (lambda: metrics.expert_load([[0.5]], 4), TypeError, "indices must be an array of ints; got dtype float64"),
         (lambda: metrics.expert_load([[True]], 4), TypeError, "got dtype bool"),
+        (lambda: metrics.expert_load(np.ma.masked_array([[0]], True), 4), TypeError, "indices is a masked array"),
+        (lambda: metrics.load_summary(np.ma.masked_array([1], True)), TypeError, "load is a masked array"),
+        (lambda: metrics.drop_fraction([[0]], np.ma.ones((1, 1), bool)), TypeError, "kept is a masked array"),
+        (lambda: metrics.z_norm(np.ma.ones((1, 1))), TypeError, "logits is a masked array"),
+        (lambda: metrics.cv([[0]], 4, mask=np.ma.ones(1, bool)), TypeError, "mask is a masked array"),
         (
             lambda: metrics.expert_load([0, 1], 4),
             ValueError,
             r"shape \(T, K\); got \(2,\).*indices\[:, None\]",
         ),
-        (lambda: metrics.expert_load([[0], [4]], 4), ValueError, r"indices\[1, 0\] = 4 is no expert.*0\.\.3"),
-        (lambda: metrics.cv([[-2]], 4), ValueError, r"indices\[0, 0\] = -2 is no expert"),
+        (lambda: metrics.expert_load([[0], [4]], 4), IndexError, r"indices\[1, 0\] = 4 is out of range .* = 4"),
+        (lambda: metrics.cv([[-2]], 4), IndexError, r"indices\[0, 0\] = -2 is out of range"),
         (lambda: metrics.expert_load([[0]], 0), ValueError, "num_experts must be >= 1; got 0"),
         (lambda: metrics.expert_load([[0]], 4.0), TypeError, "num_experts must be an int"),
         (lambda: metrics.expert_load([[0]], True), TypeError, "num_experts must be an int"),
-        (lambda: metrics.expert_load([[0]], 4, mask=[1]), TypeError, "mask must be a bool array"),
-        (lambda: metrics.expert_load([[0]], 4, mask=[True] * 2), ValueError, r"\(T,\) = \(1,\); got \(2,\)"),
+        (lambda: metrics.expert_load([[0]], 4, mask=[1]), TypeError, "mask must be an array of bools"),
+        (lambda: metrics.expert_load([[0]], 4, mask=[True] * 2), ValueError, r"shape \(1,\); got \(2,\)"),
         (
             lambda: metrics.load_summary([1, 2, 3], 4),
             ValueError,
@@ -208,11 +220,16 @@ def test_summary_is_a_flat_dict_of_floats_with_fixed_keys():
         (lambda: metrics.drop_fraction([[0]], [[1]]), TypeError, "kept must be a bool array"),
         (lambda: metrics.drop_fraction([[0]], [True]), ValueError, r"shape of indices, \(1, 1\); got \(1,\)"),
         (lambda: metrics.drop_fraction([[-1]], [[True]]), ValueError, r"kept\[0, 0\] is True but"),
-        (lambda: metrics.coactivation([[2, 2]], 4), ValueError, "names expert 2 twice"),
+        (lambda: metrics.coactivation([[2, 2]], 4), ValueError, r"indices\[0\] chooses expert 2 twice"),
+        (
+            lambda: metrics.coactivation([[1, 1], [2, 2]], 4, mask=[False, True]),
+            ValueError,
+            r"indices\[1\] chooses expert 2 twice",
+        ),
         (lambda: metrics.routing_drift([[0]], [[0], [1]]), ValueError, "T = 1 and 2"),
-        (lambda: metrics.routing_drift([[0]], [[0.0]]), TypeError, "after must be an integer array"),
-        (lambda: metrics.z_norm([[1, 2]]), TypeError, "logits must be a floating-point array"),
-        (lambda: metrics.z_norm([1.0]), ValueError, r"logits must have shape \(T, E\)"),
+        (lambda: metrics.routing_drift([[0]], [[0.0]]), TypeError, "after must be an array of ints"),
+        (lambda: metrics.z_norm([[1, 2]]), TypeError, "logits has dtype int64"),
+        (lambda: metrics.z_norm([1.0]), ValueError, "logits must have 2 dimensions"),
         (lambda: metrics.token_entropy([[1.0]], score="sofmax"), ValueError, "Did you mean 'softmax'"),
     ],
 )

@@ -163,7 +163,8 @@ def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArra
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be an array of ints; got dtype {array.dtype}.")
     if array.ndim != 2:
-        raise ValueError(f"{name} must have shape (T, K); got {array.shape}.")
+        hint = f"  For one choice per token pass {name}[:, None]." if array.ndim == 1 else ""
+        raise ValueError(f"{name} must have shape (T, K); got {array.shape}.{hint}")
     bad = (array < -1) | (array >= num_experts) if array.dtype.kind == "i" else array >= num_experts
     if bad.any():
         t, k = (int(i) for i in np.argwhere(bad)[0])
@@ -173,7 +174,7 @@ def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArra
     return np.require(array, np.int32, requirements=["C", "A"])
 
 
-def check_distinct(indices: IntArray, name: str = "indices") -> None:
+def check_distinct(indices: npt.NDArray[np.signedinteger[Any]], name: str = "indices") -> None:
     """A token may visit an expert once only."""
     if indices.shape[1] == 1:
         return

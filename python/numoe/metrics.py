@@ -24,11 +24,12 @@ Where nothing was routed there is nothing to measure: ratios are NaN then, never
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from numoe._arrays import as_float, as_indices, as_mask, check_distinct, plain_array
 from numoe.config import SCORES, checked_choice, checked_int
 
 Ints = npt.NDArray[np.int64]
@@ -42,46 +43,18 @@ Mask = npt.ArrayLike | None
 
 def _mask(mask: Mask, num_tokens: int) -> Bools:
     """`mask` as a (T,) bool array; all True if it is None."""
-    if mask is None:
-        return np.ones(num_tokens, dtype=np.bool_)
-    array = np.asarray(mask)
-    if array.dtype != np.bool_:
-        raise TypeError(f"mask must be a bool array, True for a real token; got dtype {array.dtype}.")
-    if array.shape != (num_tokens,):
-        raise ValueError(f"mask must have shape (T,) = ({num_tokens},); got {array.shape}.")
-    return array
+    return np.ones(num_tokens, dtype=np.bool_) if mask is None else as_mask(mask, num_tokens)
 
 
 def _indices(indices: npt.ArrayLike, num_experts: int | None, mask: Mask = None, name: str = "indices") -> Ints:
-    """The rows of `indices` (T, K) that are real tokens, as int64; every entry is -1 or an expert."""
-    array = np.asarray(indices)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be an integer array (T, K); got dtype {array.dtype}.")
-    if array.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (T, K); got {array.shape}.  For one choice per token: indices[:, None]."
-        )
-    high = np.iinfo(np.int64).max if num_experts is None else num_experts - 1
-    wrong = (array < -1) | (array > high)
-    if wrong.any():
-        t, k = (int(i) for i in np.argwhere(wrong)[0])
-        experts = "an expert number >= 0" if num_experts is None else f"0..{high}"
-        raise ValueError(f"{name}[{t}, {k}] = {array[t, k]} is no expert: expected -1 (not routed) or {experts}.")
-    return array[_mask(mask, array.shape[0])].astype(np.int64)
-
-
-def _check_distinct(indices: Ints, name: str) -> None:
-    """No token names the same expert twice."""
-    ordered = np.sort(indices, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        t, k = (int(i) for i in np.argwhere(twice)[0])
-        raise ValueError(f"{name} names expert {ordered[t, k]} twice for one token; choices must be distinct.")
+    """`indices` (T, K) as int64, -1 where a token is not real."""
+    array = as_indices(indices, np.iinfo(np.int32).max if num_experts is None else num_experts, name)
+    return np.where(_mask(mask, len(array))[:, None], array, -1).astype(np.int64)
 
 
 def _kept(kept: npt.ArrayLike, indices: npt.ArrayLike) -> Bools:
     """`kept` (T, K) bool, checked against `indices` before any mask is applied."""
-    array, chosen = np.asarray(kept), np.asarray(indices)
+    array, chosen = plain_array(kept, "kept"), plain_array(indices, "indices")
     if array.dtype != np.bool_:
         raise TypeError(f"kept must be a bool array, True for an assignment that was served; got {array.dtype}.")
     if array.shape != chosen.shape:
@@ -95,7 +68,7 @@ def _kept(kept: npt.ArrayLike, indices: npt.ArrayLike) -> Bools:
 
 def _load(load: npt.ArrayLike, num_experts: int | None) -> Floats:
     """A load vector (E,) as float64: finite, not negative, of the expected length."""
-    array = np.asarray(load)
+    array = plain_array(load, "load")
     if array.dtype.kind not in "iuf":
         raise TypeError(f"load must be a real array (E,); got dtype {array.dtype}.")
     if array.ndim != 1 or array.size == 0:
@@ -111,18 +84,18 @@ def _load(load: npt.ArrayLike, num_experts: int | None) -> Floats:
 
 def _logits(logits: npt.ArrayLike, mask: Mask) -> tuple[Floats, Bools]:
     """`logits` (T, E) as float64 and the mask (T,)."""
-    array = np.asarray(logits)
-    if array.dtype.kind != "f":
-        raise TypeError(f"logits must be a floating-point array (T, E); got dtype {array.dtype}.")
-    if array.ndim != 2 or array.shape[1] == 0:
+    array = cast(Floats, as_float(logits, "logits", np.float64, ndim=2))
+    if array.shape[1] == 0:
         raise ValueError(f"logits must have shape (T, E) with E >= 1; got {array.shape}.")
-    return array.astype(np.float64), _mask(mask, array.shape[0])
+    return array, _mask(mask, array.shape[0])
 
 
 # ----------------------------------------------------------------------------------- balance of a load vector
 
 
 def _shares(load: Floats) -> Floats:
+    _, exponent = np.frexp(load.max(initial=0.0))
+    load = np.ldexp(load, -exponent)  # exact, and the sum cannot overflow
     total = load.sum()
     return load / total if total > 0 else np.full_like(load, math.nan)
 
@@ -199,8 +172,9 @@ def expert_load(indices: npt.ArrayLike, num_experts: int, *, mask: Mask = None) 
     Raises
     ------
     TypeError, ValueError
-        For a wrong dtype or shape, or an entry that is neither -1 nor in ``0..E-1``; the sentence names the
-        first one.
+        For a wrong dtype or shape.
+    IndexError
+        For an entry that is neither -1 nor in ``0..E-1``; the sentence names the first one.
 
     Examples
     --------
@@ -348,7 +322,7 @@ def drop_fraction(indices: npt.ArrayLike, kept: npt.ArrayLike, *, mask: Mask = N
     0.3333333333333333
     """
     chosen = _indices(indices, None, mask)
-    served = _kept(kept, indices)[_mask(mask, np.shape(indices)[0])]
+    served = _kept(kept, indices) & (chosen >= 0)
     routed = int(np.count_nonzero(chosen >= 0))
     return (routed - int(np.count_nonzero(served))) / routed if routed else math.nan
 
@@ -372,7 +346,7 @@ def choices_per_token(indices: npt.ArrayLike, *, kept: npt.ArrayLike | None = No
     array([0.25, 0.25, 0.5 ])
     """
     chosen = _indices(indices, None, mask)
-    served = chosen >= 0 if kept is None else _kept(kept, indices)[_mask(mask, np.shape(indices)[0])]
+    served = (chosen >= 0 if kept is None else _kept(kept, indices))[_mask(mask, len(chosen))]
     tokens, choices = served.shape
     histogram = np.bincount(served.sum(axis=1), minlength=choices + 1).astype(np.float64)
     return histogram / tokens if tokens else np.full(choices + 1, math.nan)
@@ -398,7 +372,7 @@ def coactivation(indices: npt.ArrayLike, num_experts: int, *, mask: Mask = None)
     """
     experts = checked_int("num_experts", num_experts, 1)
     chosen = _indices(indices, experts, mask)
-    _check_distinct(chosen, "indices")
+    check_distinct(chosen, "indices")
     matrix = np.zeros(experts * experts, dtype=np.int64)
     for k in range(chosen.shape[1]):
         for j in range(chosen.shape[1]):
@@ -435,8 +409,8 @@ def routing_drift(before: npt.ArrayLike, after: npt.ArrayLike, *, mask: Mask = N
     old, new = _indices(before, None, mask, "before"), _indices(after, None, mask, "after")
     if old.shape[0] != new.shape[0]:
         raise ValueError(f"before and after must route the same tokens; got T = {old.shape[0]} and {new.shape[0]}.")
-    _check_distinct(old, "before")
-    _check_distinct(new, "after")
+    check_distinct(old, "before")
+    check_distinct(new, "after")
     common = ((old[:, :, None] == new[:, None, :]) & (old[:, :, None] >= 0)).sum()
     sizes = np.maximum((old >= 0).sum(axis=1), (new >= 0).sum(axis=1)).sum()
     return float(1 - common / sizes) if sizes else math.nan
