@@ -155,6 +155,25 @@ def as_mask(mask: Any, num_tokens: int, leading: tuple[int, ...] | None = None, 
     return real  # a bool array made by .view(bool) may hold other bytes than 0 and 1
 
 
+def as_lengths(lengths: Any, num_tokens: int, name: str = "sequence_lengths") -> npt.NDArray[np.int64] | None:
+    """Lengths (B,) of the sequences that make up T tokens, each in 0..T, with sum T; None stays None."""
+    if lengths is None:
+        return None
+    array = plain_array(lengths, name)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{name} must be a 1-D array of ints; got shape {array.shape}, dtype {array.dtype}.")
+    bad = np.flatnonzero((array < 0) | (array > num_tokens))
+    if bad.size:
+        raise ValueError(
+            f"{name}[{bad[0]}] must be in 0..T ({num_tokens}); got {array[bad[0]]}.  "
+            "A length counts all rows of one sequence, masked ones included."
+        )
+    total = sum(array.tolist())  # of Python ints, which cannot wrap around
+    if total != num_tokens:
+        raise ValueError(f"{name} must sum to T = {num_tokens}, the number of tokens; they sum to {total}.")
+    return array.astype(np.int64)
+
+
 def as_indices(indices: Any, num_experts: int, name: str = "indices") -> IntArray:
     """Chosen experts (T, K) as int32, each in ``0..E-1`` or -1 for "not routed"; anything else names its position."""
     array = plain_array(indices, name)

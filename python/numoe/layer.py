@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe import checkpoint, losses
-from numoe._arrays import BoolArray, FloatArray, as_float
+from numoe._arrays import BoolArray, FloatArray, as_float, as_lengths
 from numoe._gradients import check_own, grad_store, layer_gradients
 from numoe._inputs import check_out, lengths_of, outside_logits, outside_routing, routing_source, tokens_of
 from numoe._state import check_numbers, check_state, initial_buffers, initial_params, read_state
@@ -19,7 +19,7 @@ from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, infer, 
 from numoe.config import MoEConfig, checked_flag, checked_real
 from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput, check_output
 from numoe.packed import PackedMoELayer
-from numoe.routing import Routing, check_sequence_lengths, dispatch, route
+from numoe.routing import Routing, dispatch, route
 
 
 class MoELayer:
@@ -264,7 +264,7 @@ class MoELayer:
         if np.may_share_memory(tokens, x):
             tokens = tokens.copy()  # x may be overwritten before the backward reads it
         lengths = lengths_of(shape) if sequence_lengths is None else sequence_lengths
-        lengths = check_sequence_lengths(lengths, len(tokens))
+        lengths = as_lengths(lengths, len(tokens))
         router: RouterPass | None = None
         if routing_source(logits, indices, weights) == "indices":
             routing, given = outside_routing(indices, weights, shape, real, config), np.shape(weights)

@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe import _core
-from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask
+from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_lengths, as_mask
 from numoe.config import SCORES, checked_choice, checked_int, checked_real
 from numoe.routing import checked_choice_bias
 
@@ -104,25 +104,6 @@ def _as_choices(indices: npt.ArrayLike, num_tokens: int, num_experts: int, like:
 
 def _as_mask(mask: npt.ArrayLike | None, num_tokens: int) -> BoolArray | None:
     return None if mask is None else as_mask(mask, num_tokens)
-
-
-def _as_lengths(lengths: npt.ArrayLike | None, num_tokens: int) -> npt.NDArray[np.int64] | None:
-    """`lengths` as (B,), each in 0..T, with sum T."""
-    if lengths is None:
-        return None
-    array = np.asarray(lengths)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"sequence_lengths must be a 1-D array of ints; got shape {array.shape}, dtype {array.dtype}.")
-    bad = np.flatnonzero((array < 0) | (array > num_tokens))
-    if bad.size:
-        raise ValueError(
-            f"sequence_lengths[{bad[0]}] must be in 0..T ({num_tokens}); got {array[bad[0]]}.  "
-            "A length counts all rows of one sequence, masked ones included."
-        )
-    total = sum(array.tolist())  # of Python ints, which cannot wrap around
-    if total != num_tokens:
-        raise ValueError(f"sequence_lengths must sum to T = {num_tokens}, the rows of logits; they sum to {total}.")
-    return array.astype(np.int64)
 
 
 def _as_noise_std(noise_std: Any, logits: FloatArray, mask: BoolArray | None) -> FloatArray:
@@ -245,7 +226,7 @@ def load_balance_loss(
     z = _as_logits(logits)
     chosen = _as_choices(indices, z.shape[0], z.shape[1], "logits")
     real = _as_mask(mask, z.shape[0])
-    lengths = _as_lengths(sequence_lengths, z.shape[0])
+    lengths = as_lengths(sequence_lengths, z.shape[0])
     value, dlogits = _core.load_balance_loss(z, chosen, convention, score, real, lengths)
     return Loss(value=value, dlogits=dlogits)
 

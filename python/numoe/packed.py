@@ -12,7 +12,7 @@ import numpy as np
 
 from numoe import _core
 from numoe._arrays import FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices
-from numoe.config import ExpertConfig, MoEConfig, as_dtype
+from numoe.config import MoEConfig, as_dtype
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, router_options
 
@@ -84,7 +84,7 @@ class PackedMoELayer:
             router_options(config.router),
             expert_options(config.experts),
             _shared_params(layer),
-            expert_options(_shared_config(config)),
+            expert_options(config.experts if config.shared is None else config.shared.experts),
         )
         self._packing_seconds = time.perf_counter() - start
         self._forward_ready = self._core.forward_ready  # bound once: a small call is mostly overhead
@@ -210,12 +210,6 @@ class PackedMoELayer:
 def _rounded_like(y: FloatArray, x: Any) -> FloatArray:
     """`y`, as bfloat16 if `x` is."""
     return y.astype(ml_dtypes.bfloat16) if getattr(x, "dtype", None) == ml_dtypes.bfloat16 else y
-
-
-def _shared_config(config: MoEConfig) -> ExpertConfig:
-    if config.shared is None:
-        return config.experts
-    return ExpertConfig(d_ff=config.shared.d_ff, form=config.shared.form, activation=config.shared.activation)
 
 
 def _bits_of(params: Mapping[str, FloatArray]) -> dict[str, FloatArray]:

@@ -19,10 +19,10 @@ from numoe._arrays import (
     IntArray,
     as_float,
     as_indices,
+    as_lengths,
     as_mask,
     check_distinct,
     is_ready,
-    plain_array,
 )
 from numoe.config import DispatchConfig, RouterConfig
 
@@ -382,7 +382,7 @@ def dispatch(
     if weights.shape != indices.shape:
         raise ValueError(f"weights must have the shape of indices, {indices.shape}; got {weights.shape}.")
     mask = None if routing.mask is None else as_mask(routing.mask, len(indices))
-    lengths = check_sequence_lengths(sequence_lengths, len(indices))
+    lengths = as_lengths(sequence_lengths, len(indices))
     groups = _capacity_groups(len(indices), config, router, mask, lengths)
     offsets, row_token, row_assignment, assignment_row = _core.dispatch(
         indices, weights, router.num_experts, None if groups is None else groups.table, config.drop_priority
@@ -417,22 +417,6 @@ def check_kind(value: Any, kind: type, name: str) -> None:
     """`value` is what the step before makes; anything else is named."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a numoe.{kind.__name__}; got {type(value).__name__}.")
-
-
-def check_sequence_lengths(lengths: Any, num_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """`lengths` as int64, non-negative and summing to T; None stays None."""
-    if lengths is None:
-        return None
-    array = plain_array(lengths, "sequence_lengths")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"sequence_lengths must be a 1-D sequence of ints; got {lengths!r}.")
-    total = sum(int(length) for length in array)  # exact: a sum of int64 could wrap around
-    if (array < 0).any() or total != num_tokens:
-        raise ValueError(
-            f"sequence_lengths must be >= 0 and sum to the number of tokens ({num_tokens}); they sum to "
-            f"{total} with a smallest entry of {int(array.min(initial=0))}."
-        )
-    return array.astype(np.int64)
 
 
 def combine_weights(routing: Routing, plan: Dispatch, router: RouterConfig, config: DispatchConfig) -> FloatArray:
