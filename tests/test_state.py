@@ -188,6 +188,10 @@ def test_a_configuration_is_one_value(tmp_path: Path) -> None:
     ):
         assert twin == config and hash(twin) == hash(config) and repr(twin) == repr(config)
         assert list(twin.aux_losses.items()) == list(config.aux_losses.items())
+    for name in ("d_model", "router", "experts", "dispatch"):
+        given = {key: value for key, value in config.to_dict().items() if key != name}
+        with pytest.raises(TypeError, match=f"a configuration needs '{name}'; got '"):
+            numoe.MoEConfig.from_dict(given)
     assert "aux_losses={'switch': 0.1, 'load': 0.2}" in repr(config)
     assert type(config.to_dict()["aux_losses"]) is dict
     with pytest.raises(TypeError, match="does not support item assignment"):

@@ -73,7 +73,7 @@ def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, F
     def configured(settings: dict[str, Any]) -> MoEConfig:
         try:
             return MoEConfig.from_dict(settings)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(f"{path}: the configuration inside is not valid: {error}") from None
 
     def specs_of(settings: dict[str, Any]) -> checkpoint.Specs:

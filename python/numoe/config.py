@@ -603,6 +603,9 @@ class MoEConfig(_Checked):
         """The configuration saved by `to_dict`; unknown or missing keys raise ``TypeError``."""
         data = dict(data)
         parts = {"router": RouterConfig, "experts": ExpertConfig, "dispatch": DispatchConfig}
+        missing = [name for name in ("d_model", *parts) if name not in data]
+        if missing:
+            raise TypeError(f"a configuration needs {', '.join(map(repr, missing))}; got {', '.join(map(repr, data))}.")
         shared = data.pop("shared", None)
         return cls(
             **{name: part(**data.pop(name)) for name, part in parts.items()},

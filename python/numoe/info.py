@@ -19,7 +19,7 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1; more threads than CPUs are obeyed but never faster.
+        At least 1; more threads than CPUs are obeyed, up to 1024, but never faster.
 
     Raises
     ------

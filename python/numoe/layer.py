@@ -29,7 +29,8 @@ class MoELayer:
               f_e(x) = (act(x W^{gate}_e) \circ x W^{up}_e)\, W^{down}_e
 
     The defaults are Mixtral's form: softmax router, the K chosen weights renormalised, SwiGLU experts without bias,
-    nothing dropped, no auxiliary loss.  Every other published form is a combination of options.
+    nothing dropped, no auxiliary loss.  Most other published forms are combinations of options;
+    the README's table says which are not there.
 
     Parameters
     ----------

@@ -355,7 +355,8 @@ def dispatch(
     IndexError
         If an index is outside ``-1..E-1``.
     ValueError
-        If a token chooses an expert twice, or the sequence lengths do not sum to T.
+        If a token chooses an expert twice - looked for in routings without logits, because `route` never does so - or
+        the sequence lengths do not sum to T.
 
     References
     ----------
