@@ -124,8 +124,8 @@ CONSTRUCTION: dict[str, tuple[Callable[..., Any], str]] = {
         f"B10 dtype {v!r}": (lambda v=v: make(dtype=v), "TypeError: dtype must be one of float32, float64, bfloat16;")
         for v in ("int32", "complex64", object, "bf17", "float16", "float8_e5m2", None, {}, [], "f4,f4", 7)
     },
-    "B12 rng": (lambda: make(rng="abc"), "TypeError: .*(abc|SeedSequence)"),
-    "B12 rng -1": (lambda: make(rng=-1), "ValueError: .*non-negative"),
+    "B12 rng": (lambda: make(rng="abc"), "TypeError: rng must be .*default_rng.*; got 'abc'"),
+    "B12 rng -1": (lambda: make(rng=-1), "ValueError: rng must be .*int >= 0.*; got -1"),
     "B18 typo": (lambda: make(topk=1), "TypeError: unknown option 'topk'.*Did you mean 'top_k'"),
     "B18 missing": (lambda: Layer(d_model=4), "TypeError: missing options 'd_ff', 'num_experts', 'top_k'"),
     "B18 config": (lambda: Layer(config={"d_model": 4}),
@@ -182,6 +182,12 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B31 None": (with_x(None), "TypeError: x must be an array of numbers; got NoneType"),
     "B31 dict": (with_x({"x": X}), "TypeError: x must be an array of numbers; got dict"),
     "B32 ragged": (with_x([[1.0], [1.0, 2.0]]), "ValueError: x is not a rectangular array"),
+    "B31 output": (lambda y: y(y.forward(X)), r"TypeError: x is a MoEOutput; pass .* e\.g\. out\.y\."),
+    "B31 routing": (lambda y: y(y.forward(X).routing), r"TypeError: x is a Routing; pass .*routing\.weights\."),
+    "B31 gradients": (lambda y: y(y.backward(X, y.forward(X))), r"TypeError: x is a MoEGrads; .*grads\.x\."),
+    "B31 layer": (lambda y: y(y), "TypeError: x is a MoELayer; pass an array of numbers"),
+    "B12 rng": (forward(rng="abc"), "TypeError: rng must be .*; got 'abc'"),
+    "B12 rng of a call": (lambda y: y(X, rng=-1), "ValueError: rng must be .*; got -1"),
     "B34 masked": (with_x(np.ma.masked_array(X, X > 0)), r"TypeError: x is a masked array .*mask=~x\.mask"),
     "B36 requires grad": (with_x(FromTorch(REQUIRES_GRAD)), "TypeError: x .FromTorch.*requires grad.*detach"),
     "B38 on the GPU": (with_x(FromTorch(ON_GPU)), r"TypeError: x .FromTorch.*cuda.*\.cpu\(\)"),
@@ -347,6 +353,13 @@ def repeated(array: np.ndarray) -> np.ndarray:
     return with_item(array, 1, array[0])
 
 
+def combine_weights_backward(dweights: Any) -> Any:
+    return numoe.combine_weights_backward(dweights, ROUTING, plan(), ROUTER, numoe.DispatchConfig())
+
+
+ROUTING = numoe.Routing(indices=INDICES, weights=WEIGHTS)
+NOTHING_KEPT = numoe.ExpertCache(gate=None, up=None)
+GLU = numoe.ExpertConfig(d_ff=F)
 MLP = numoe.ExpertConfig(d_ff=F, form="mlp")
 GROUPED = numoe.RouterConfig(num_experts=4, top_k=1, num_groups=2)
 # fmt: off
@@ -398,6 +411,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "B51 string": (lambda: numoe.set_num_threads("4"), "TypeError: .*must be an int; got '4'"),
     "B51 float": (lambda: numoe.set_num_threads(2.5), "TypeError: .*must be an int; got 2.5"),
     "B51 bool": (lambda: numoe.set_num_threads(True), "TypeError: .*must be an int; got True"),
+    "B31 plan": (lambda: make().pack().experts(X, None), "TypeError: plan must be a numoe.Dispatch; got NoneType"),
+    "B73 cache": (lambda: numoe.experts_backward(np.ones((T * K, D), "f4"), X, plan(), make().params, GLU, None),
+        "TypeError: cache must be a numoe.ExpertCache; got NoneType"),
+    "B31 experts' config": (lambda: numoe.experts_backward(X, X, plan(), {}, None, NOTHING_KEPT),
+        "TypeError: config must be a numoe.ExpertConfig; got NoneType"),
+    "B31 params": (lambda: numoe.experts_forward(X, plan(), None, GLU),
+        "TypeError: params must map names to arrays; got NoneType"),
+    "B66 dweights": (lambda: combine_weights_backward("hello"),
+        "TypeError: dweights must be an array of numbers; got str"),
+    "B66 dweights shape": (lambda: combine_weights_backward(np.ones((1, 1))),
+        r"ValueError: dweights must have the shape of routing.weights, \(6, 2\); got \(1, 1\)"),
+    "B66 combine's config": (lambda: numoe.combine_weights(ROUTING, plan(), ROUTER, None),
+        "TypeError: config must be a numoe.DispatchConfig; got NoneType"),
+    "B66 combine's router": (lambda: numoe.combine_weights(ROUTING, plan(), None, numoe.DispatchConfig()),
+        "TypeError: config must be a numoe.RouterConfig; got NoneType"),
     "B81 nan": (lambda: optim.SGD({"w": np.ones(1)}, float("nan")), "ValueError: lr must be finite"),
     "B81 string": (lambda: optim.SGD({"w": np.ones(1)}, "1"), "TypeError: lr must be a real number"),
     "B82 missing": (lambda: optim.SGD({"w": np.ones(1)}, 1.0).step({}), "ValueError: .*missing 'w'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numoe
 import numpy as np
 import pytest
 from numoe.testing import TOLERANCES, assert_bitwise_equal, assert_close, check_gradients, random_problem
@@ -117,3 +118,23 @@ def test_check_gradients_of_external_routing(reference_layer: Any, rng: np.rando
     assert report.ok
     assert [check.name for check in report.checks] == ["x", "weights", "w_router", "w_gate", "w_up", "w_down"]
     assert [check.where for check in report.checks if check.name == "w_router"] == ["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"step": 0}, ValueError, "step must be finite and > 0; got 0"),
+        ({"tolerance": 0}, ValueError, "tolerance must be finite and > 0; got 0"),
+        ({"num_coordinates": -1}, ValueError, "num_coordinates must be >= 0; got -1"),
+        ({"num_directions": 1.5}, TypeError, "num_directions must be an int"),
+        ({"rng": "a"}, TypeError, "rng must be .*; got 'a'"),
+    ],
+)
+def test_check_gradients_says_what_it_cannot_take(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    layer = numoe.MoELayer(d_model=4, d_ff=4, num_experts=2, top_k=1, rng=0)
+    with pytest.raises(error, match=message):
+        check_gradients(layer, np.ones((2, 4)), **options)
+    with pytest.raises(TypeError, match=r"layer must be a MoELayer, .*; got PackedMoELayer"):
+        check_gradients(layer.pack(), np.ones((2, 4)))

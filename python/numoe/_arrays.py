@@ -24,6 +24,7 @@ FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 INT32: np.dtype[Any] = np.dtype(np.int32)
+_PARTS = {"MoEOutput": "out.y", "Routing": "routing.weights", "MoEGrads": "grads.x"}  # what was meant, most likely
 
 
 def is_ready(x: Any, dtype: np.dtype[Any], ndim: int | None) -> bool:
@@ -47,7 +48,9 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
         return x  # type: ignore[no-any-return]
     array = plain_array(x, name)
     if array.dtype == object and type(x).__module__.startswith("numoe"):
-        raise TypeError(f"{name} is a {type(x).__name__}; pass one of its arrays, e.g. routing.weights.")
+        kind = type(x).__name__
+        what = f"one of its arrays, e.g. {_PARTS[kind]}" if kind in _PARTS else "an array of numbers"
+        raise TypeError(f"{name} is a {kind}; pass {what}.")
     if array.dtype.kind != "f" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         raise TypeError(
             f"{name} has dtype {array.dtype}; pass float32 or float64, e.g. np.asarray({name}, dtype=np.float32)."

@@ -9,7 +9,7 @@ import numpy as np
 
 from numoe import _core, losses
 from numoe._arrays import BoolArray, FloatArray, as_float
-from numoe.config import ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig
+from numoe.config import ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig, checked_rng
 from numoe.experts import ExpertCache, expert_options, expert_params, experts_backward, experts_forward
 from numoe.routing import (
     Dispatch,
@@ -39,7 +39,7 @@ def router_pass(
     config: RouterConfig, params: Mapping[str, FloatArray], x: FloatArray, logits: FloatArray | None, rng: Any
 ) -> RouterPass:
     """Logits of the linear router or from outside; jitter, then noise, are drawn in float64 if rng is given."""
-    generator = None if rng is None else np.random.default_rng(rng)
+    generator = None if rng is None else checked_rng(rng)
     jitter: FloatArray | None = None
     seen: FloatArray | None = None
     if logits is not None:

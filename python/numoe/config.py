@@ -83,6 +83,16 @@ def checked_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def checked_rng(value: Any) -> np.random.Generator:
+    """The generator meant by ``rng=``; what NumPy does not take gets a sentence with the argument's name."""
+    try:
+        return np.random.default_rng(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"rng must be what numpy.random.default_rng takes, e.g. an int >= 0 or a Generator; got {value!r}."
+        ) from None
+
+
 def as_dtype(value: Any) -> np.dtype[Any]:
     """The layer dtype meant by `value`: one of `DTYPES` in native byte order; anything else gets a sentence."""
     try:

@@ -52,6 +52,8 @@ _NAMES = {  # of the parameters: form, bias →
 
 def expert_params(params: Mapping[str, Any], config: ExpertConfig, dtype: np.dtype[Any]) -> dict[str, FloatArray]:
     """The experts' parameters as the core takes them; never copied, because they may be gigabytes."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must map names to arrays; got {type(params).__name__}.")
     expected = _NAMES[config.form, config.bias]
     chosen = {name: params[name] for name in EXPERT_PARAMS if name in params}
     if tuple(chosen) != expected:
@@ -207,6 +209,8 @@ def experts_backward(
     ((5, 4), ['w_down', 'w_gate', 'w_up'])
     """
     check_kind(plan, Dispatch, "plan")
+    check_kind(cache, ExpertCache, "cache")
+    options = expert_options(config)
     x = as_float(x, "x", ndim=2)
     dresult = as_float(dresult, "dy" if combined else "drows", x.dtype, ndim=2)
     if weights is not None:
@@ -224,7 +228,7 @@ def experts_backward(
         plan.top_k,
         weights,
         expert_params(params, config, x.dtype),
-        expert_options(config),
+        options,
         combined,
         cache.gate,
         cache.up,

@@ -16,7 +16,7 @@ from numoe._gradients import check_own, grad_store, layer_gradients
 from numoe._inputs import check_out, lengths_of, outside_logits, outside_routing, routing_source, tokens_of
 from numoe._state import check_numbers, check_state, initial_buffers, initial_params, read_state
 from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, infer, router_pass, run_experts
-from numoe.config import MoEConfig, checked_flag, checked_real
+from numoe.config import MoEConfig, checked_flag, checked_real, checked_rng
 from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput, check_output
 from numoe.packed import PackedMoELayer
 from numoe.routing import Routing, dispatch, route
@@ -94,7 +94,7 @@ class MoELayer:
         if config is not None and not isinstance(config, MoEConfig):
             raise TypeError(f"config must be a numoe.MoEConfig; got {type(config).__name__}.")
         self._config = MoEConfig.from_options(**options) if config is None else config
-        self.params = initial_params(self._config, np.random.default_rng(rng))
+        self.params = initial_params(self._config, checked_rng(rng))
         self.buffers = initial_buffers(self._config)
 
     # ── what it is ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -273,9 +273,8 @@ class _Optimizer(abc.ABC):
         self._tree = params
         flat = flatten(params)
         _check_writable(flat, "params")
-        self._multiplier = _multipliers(list(flat), lr_multipliers or {})
-        patterns = (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
-        exempt = _multipliers(list(flat), dict.fromkeys(patterns, 0.0), "no_decay")
+        self._multiplier = _multipliers(list(flat), {} if lr_multipliers is None else lr_multipliers)
+        exempt = _multipliers(list(flat), dict.fromkeys(_patterns(no_decay), 0.0), "no_decay")
         self._decays = {name: factor != 0.0 for name, factor in exempt.items()}
         self._state = {name: self._new_slots(param) for name, param in flat.items()}
 
@@ -408,8 +407,21 @@ class _Optimizer(abc.ABC):
                 array[...] = given[f"{slot}.{name}"]
 
 
+def _patterns(no_decay: Any) -> tuple[str, ...]:
+    patterns = (no_decay,) if isinstance(no_decay, str) or not isinstance(no_decay, Iterable) else tuple(no_decay)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            got = type(pattern).__name__ if pattern is no_decay else repr(pattern)
+            raise TypeError(f"no_decay must be patterns, e.g. ('*bias*',); got {got}.")
+    return patterns
+
+
 def _multipliers(names: list[str], patterns: Mapping[str, float], argument: str = "lr_multipliers") -> dict[str, float]:
     """Factor of each name: of the first pattern that matches, else 1.  Each pattern must match something."""
+    if not isinstance(patterns, Mapping):
+        raise TypeError(
+            f"{argument} must map patterns to factors, e.g. {{'*router*': 0.1}}; got {type(patterns).__name__}."
+        )
     factors = {pattern: checked_real(f"{argument}[{pattern!r}]", factor) for pattern, factor in patterns.items()}
     for pattern in factors:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -476,6 +488,7 @@ class SGD(_Optimizer):
         no_decay: Iterable[str] = (),
     ) -> None:
         self.nesterov = checked_flag("nesterov", nesterov)
+        momentum = checked_real("momentum", momentum, high=1.0)
         if self.nesterov and momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0; got momentum = 0.")
         self._slots = ("velocity",) if momentum else ()
@@ -561,9 +574,11 @@ class AdamW(_Optimizer):
         lr_multipliers: Mapping[str, float] | None = None,
         no_decay: Iterable[str] = (),
     ) -> None:
-        if np.shape(betas) != (2,):
-            raise TypeError(f"betas must be a pair of floats; got {betas!r}.")
-        settings = {"lr": lr, "weight_decay": weight_decay, "beta1": betas[0], "beta2": betas[1], "eps": eps}
+        try:
+            beta1, beta2 = betas
+        except (TypeError, ValueError):
+            raise TypeError(f"betas must be a pair of floats; got {betas!r}.") from None
+        settings = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "eps": eps}
         super().__init__(params, settings, schedule, lr_multipliers, no_decay)
 
     def _checked(self, settings: Mapping[str, float]) -> dict[str, float]:

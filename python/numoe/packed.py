@@ -14,7 +14,7 @@ from numoe import _core
 from numoe._arrays import FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices
 from numoe.config import MoEConfig, as_dtype
 from numoe.experts import expert_options
-from numoe.routing import Dispatch, router_options
+from numoe.routing import Dispatch, check_kind, router_options
 
 if TYPE_CHECKING:
     from numoe.layer import MoELayer
@@ -201,6 +201,7 @@ class PackedMoELayer:
         -------
         y : (T, D)
         """
+        check_kind(plan, Dispatch, "plan")
         array = as_float(x, "x", self._compute_dtype, ndim=2)
         if weights is not None:
             weights = as_float(weights, "weights", array.dtype, ndim=2)

@@ -435,8 +435,7 @@ def combine_weights(routing: Routing, plan: Dispatch, router: RouterConfig, conf
     array([[0.5, 0.5],
            [0. , 0. ]])
     """
-    check_kind(routing, Routing, "routing")
-    check_kind(plan, Dispatch, "plan")
+    _check_combination(routing, plan, router, config)
     if not config.renormalize_after_drop or config.dropless:
         return routing.weights
     return _core.renormalize_kept(routing.weights, plan.assignment_row, router.scale)
@@ -457,11 +456,22 @@ def combine_weights_backward(
     >>> numoe.combine_weights_backward(np.array([[1.0, 0.0]]), routing, plan, router, drop)
     array([[ 0.25, -0.75]])
     """
-    check_kind(routing, Routing, "routing")
-    check_kind(plan, Dispatch, "plan")
+    _check_combination(routing, plan, router, config)
+    dweights = as_float(dweights, "dweights", routing.weights.dtype, ndim=2)
+    if dweights.shape != routing.weights.shape:
+        raise ValueError(
+            f"dweights must have the shape of routing.weights, {routing.weights.shape}; got {dweights.shape}."
+        )
     if not config.renormalize_after_drop or config.dropless:
         return dweights
     return _core.renormalize_kept_backward(routing.weights, plan.assignment_row, router.scale, dweights)
+
+
+def _check_combination(routing: Any, plan: Any, router: Any, config: Any) -> None:
+    check_kind(routing, Routing, "routing")
+    check_kind(plan, Dispatch, "plan")
+    check_config(router, RouterConfig, "router")
+    check_config(config, DispatchConfig, "dispatch")
 
 
 # ── combine ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from numoe.config import MoEConfig
+from numoe.config import MoEConfig, checked_int, checked_real, checked_rng
 
 Array = npt.NDArray[Any]
 
@@ -186,7 +186,7 @@ def random_problem(rng: Any = 0, *, tokens: int | tuple[int, ...] = 12, **option
     """
     defaults = {"d_model": 8, "d_ff": 12, "num_experts": 6, "top_k": 2, "dtype": "float64"}
     config = MoEConfig.from_options(**(defaults | options))
-    generator = np.random.default_rng(rng)
+    generator = checked_rng(rng)
     params = {
         # Matrices keep the size of what they multiply; biases are large enough to matter.
         name: _normal(generator, shape, shape[-2] ** -0.5 if name.startswith("w_") and len(shape) > 1 else 0.3).astype(
@@ -314,7 +314,12 @@ def check_gradients(
     Returns
     -------
     GradientReport
-        Nothing is raised; call ``report.assert_ok()`` for that.
+        Nothing is raised for wrong gradients; call ``report.assert_ok()`` for that.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a layer without a backward, or a setting out of range.
 
     Examples
     --------
@@ -325,10 +330,16 @@ def check_gradients(
     >>> report.ok, [check.name for check in report.checks]
     (True, ['x', 'w_router', 'w_gate', 'w_up', 'w_down'])
     """
+    if not callable(getattr(layer, "backward", None)):
+        raise TypeError(f"layer must be a MoELayer, which has a backward; got {type(layer).__name__}.")
+    checked_real("step", step, strict=True)
+    checked_real("tolerance", tolerance, strict=True)
+    checked_int("num_coordinates", num_coordinates, 0)
+    checked_int("num_directions", num_directions, 0)
     given = {"logits": logits, "weights": weights}
     inputs = {"x": x} | {name: value for name, value in given.items() if value is not None}
     fixed = {"mask": mask, "indices": indices, "sequence_lengths": sequence_lengths}
-    generator = np.random.default_rng(rng)
+    generator = checked_rng(rng)
     if layer.config.router.jitter or layer.config.router.noise_std:
         fixed["rng"] = int(generator.integers(2**63))
     probe = _Probe(layer, inputs, fixed, d_aux_loss, generator)
