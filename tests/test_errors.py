@@ -586,6 +586,11 @@ HUGE = {
         OverflowError,
         r"T \* K",
     ),
+    "B46 packed": (
+        lambda: make(d_model=1).pack()(np.broadcast_to(np.float32(1), (2**30, 1))),
+        OverflowError,
+        r"T \* K",
+    ),
     "B46 bytes": (lambda: make()(np.broadcast_to(np.float32(1), (2**29, D))), MemoryError, "allocate"),
 }
 

@@ -14,9 +14,8 @@ from numoe.routing import Routing
 
 def tokens_of(x: Any, mask: Any, config: MoEConfig) -> tuple[FloatArray, tuple[int, ...], BoolArray | None]:
     """X as (T, D) in the dtype of the arithmetic with zeros where masked, its original shape, and the mask (T,)."""
-    width, choices = config.d_model, config.router.top_k
-    if math.prod(getattr(x, "shape", ())[:-1]) * choices >= 2**31:
-        raise OverflowError(f"T * K = {math.prod(x.shape[:-1])} * {choices} must be below 2**31; split the batch.")
+    width = config.d_model
+    check_count(x, config.router.top_k)
     array = as_float(x, "x", config.array_dtype)
     shape = array.shape
     if not shape or shape[-1] != width:
@@ -28,6 +27,13 @@ def tokens_of(x: Any, mask: Any, config: MoEConfig) -> tuple[FloatArray, tuple[i
         return tokens, shape, None
     valid = as_mask(mask, len(tokens), shape[:-1])
     return np.where(valid[:, None], tokens, tokens.dtype.type(0)), shape, valid
+
+
+def check_count(x: Any, choices: int) -> None:
+    """The assignments of x (..., D) can be numbered; asked before x is converted."""
+    tokens = math.prod(getattr(x, "shape", ())[:-1])
+    if tokens * choices >= 2**31:
+        raise OverflowError(f"T * K = {tokens} * {choices} must be below 2**31; split the batch.")
 
 
 def lengths_of(shape: tuple[int, ...]) -> IntArray | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from numoe import _core
 from numoe._arrays import FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices
+from numoe._inputs import check_count
 from numoe.config import MoEConfig, as_dtype
 from numoe.experts import expert_options
 from numoe.routing import Dispatch, check_kind, router_options
@@ -142,10 +143,16 @@ class PackedMoELayer:
         -------
         y : (..., D)
             bfloat16 if `x` is, else the dtype of the arithmetic.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError
+            As `MoELayer.forward`.
         """
         ready = self._forward_ready(x)
         if ready is not None:
             return ready
+        check_count(x, self._config.router.top_k)
         array = as_float(x, "x", self._compute_dtype)
         width = self._config.d_model
         if array.ndim == 0 or array.shape[-1] != width:
