@@ -515,7 +515,7 @@ def test_a_choice_bias_that_no_call_takes_is_neither_kept_nor_packed(value: floa
 # ── atomic saving
 
 
-@pytest.mark.parametrize("step", ["safetensors.numpy.save_file", "os.fsync", "os.chmod", "os.replace"])
+@pytest.mark.parametrize("step", ["os.open", "safetensors.numpy.save_file", "os.fsync", "os.chmod", "os.replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 def test_a_failed_save_leaves_the_old_file(
     step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -562,6 +562,33 @@ def test_a_saved_file_has_ordinary_permissions(tmp_path: Path) -> None:
     finally:
         assert os.umask(mask) == 0o027  # and the process's mask is as it was
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
+
+
+def test_saving_never_touches_the_mask_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that makes a file meanwhile would get it with the wrong permissions."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask was changed"))
+    make().save(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_saving_over_a_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    make("default").save(path)
+    path.chmod(mode)
+    make().save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert snapshot(numoe.MoELayer.load(path)) == snapshot(make())
+
+
+def test_saving_through_a_link_replaces_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    link, target = tmp_path / "latest.safetensors", tmp_path / "store" / "step-7"
+    link.symlink_to(Path("store") / "step-7")
+    for name in ("default", "everything"):  # the target appears, then is replaced
+        make(name).save(link)
+        assert link.is_symlink() and target.is_file() and not target.is_symlink()
+        assert snapshot(numoe.MoELayer.load(link)) == snapshot(make(name))
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["step-7"]
 
 
 def test_checkpoints_of_other_things(tmp_path: Path) -> None:

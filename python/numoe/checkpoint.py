@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class CheckpointError(ValueError):
 def save(path: Any, state: Mapping[str, npt.NDArray[Any]], *, config: Mapping[str, Any]) -> None:
     """Write `state` and the JSON-able `config` to `path` (``.safetensors``).
 
-    The file appears under its name only when it is complete; an existing one stays as it was until then.
+    The file appears under its name only when it is complete; an existing one stays as it was until then, and its
+    permissions and symbolic links to it remain.
 
     Examples
     --------
@@ -43,31 +45,26 @@ def save(path: Any, state: Mapping[str, npt.NDArray[Any]], *, config: Mapping[st
     >>> checkpoint.load(path)
     ({'a': array([0., 1., 2.])}, {'step': 7})
     """
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors; got {target.name!r}.")
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors; got {Path(path).name!r}.")
+    target = Path(os.path.realpath(path))  # a link stays one
     metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
     arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the process's mask
+        mode = stat.S_IMODE((target if target.is_file() else temporary).stat().st_mode)
         safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)  # safetensors has put a file of its own there
         os.replace(temporary, target)
     except safetensors.SafetensorError as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{target} cannot be written: {error}") from None
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load(
