@@ -170,7 +170,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "B13 key": (lambda y: y.load_state_dict({0: X}), "ValueError: .*unexpected: 0"),
     "B13 mapping": (lambda y: y.load_state_dict([X]), "TypeError: state must map names to arrays; got list"),
     "B24 0-d": (with_x(np.float32(1)),
-        r"ValueError: x must have shape \(\.\.\., 4\); got \(\)|^x must .*d_model"),
+        r"ValueError: x must have shape \(\.\.\., d_model\) = \(\.\.\., 4\); got \(\)\."),
     "B25 width": (with_x(np.ones((2, 7))), r"ValueError: x must have shape .*4\); got \(2, 7\)"),
     "B27 no width": (with_x(np.ones((2, 0))), r"ValueError: x must have shape .*4\); got \(2, 0\)"),
     "B29 ints": (with_x(np.ones((2, D), int)), "TypeError: x has dtype int64; pass float32 or float64"),
