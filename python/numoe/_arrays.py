@@ -130,17 +130,19 @@ def overlap(
     >>> overlap({"even": a[::2], "odd": a[1::2]}), overlap({"head": a[:3]}, {"tail": a[2:], "all": a})
     (None, ('head', 'all'))
     """
-    named = [(name, array, True) for name, array in written.items()]
-    named += [(name, array, False) for name, array in (read or {}).items()]
-    spans = sorted((*byte_bounds(array), i) for i, (_, array, _) in enumerate(named) if array.size)
+    named = [*written.items(), *(read or {}).items()]
+    if len(written) * len(named) < 200 and not any(
+        np.may_share_memory(array, other) for i, array in enumerate(written.values()) for _, other in named[i + 1 :]
+    ):
+        return None  # a few µs for the arrays of a small layer
+    spans = sorted((*byte_bounds(array), i) for i, (_, array) in enumerate(named) if array.size)
     begun: list[tuple[int, int]] = []  # end and number of those that reach to where the next one starts
     for start, stop, i in spans:
-        name, array, changes = named[i]
         begun = [(end, j) for end, j in begun if end > start]
         for _, j in begun:
-            other, values, too = named[j]
-            if (changes or too) and np.shares_memory(array, values):
-                return (name, other) if i < j else (other, name)
+            (first, one), (second, other) = named[min(i, j)], named[max(i, j)]
+            if min(i, j) < len(written) and np.shares_memory(one, other):
+                return first, second
         begun.append((stop, i))
     return None
 
