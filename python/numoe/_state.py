@@ -82,7 +82,7 @@ def read_state(path: Any) -> tuple[MoEConfig, dict[str, FloatArray], dict[str, F
 
     state, settings = checkpoint.load(path, specs_of)
     config = configured(settings)
-    params = {name: line_aligned(state[name]) for name in config.param_specs}
+    params = {name: line_aligned(state.pop(name)) for name in config.param_specs}  # one at a time in memory twice
     buffers = {name: state[name] for name in config.buffer_specs}
     try:
         check_numbers(buffers)
