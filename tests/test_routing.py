@@ -80,7 +80,10 @@ def test_weights_are_those_of_the_reference_for_any_bits(score: str, normalize: 
 @laws
 @given(seed=st.integers(0, 2**32 - 1), biased=st.booleans(), kept=st.integers(1, 4))
 def test_groups_and_choice_bias(score: str, group_score: str, seed: int, biased: bool, kept: int) -> None:
-    """Logits and bias on grids whose sums are either equal or clearly different in any score."""
+    """Logits and bias on grids whose sums are either equal or clearly different in any score.
+
+    Two groups whose sums are equal, but of different numbers, are ordered by rounding: tokens with such are left out.
+    """
     rng = np.random.default_rng(seed)
     z = rng.choice([-1.5, -0.5, 0.0, 0.75, 2.0], (5, 12))
     bias = rng.choice([0.0, 0.013, -0.21], 12) if biased else None
@@ -89,11 +92,17 @@ def test_groups_and_choice_bias(score: str, group_score: str, seed: int, biased:
     )
     routing = numoe.route(z, config, choice_bias=bias)
     keys = reference.routing.score(score, z) + (0.0 if bias is None else bias)
-    groups = np.sort(keys.reshape(5, 4, 3), axis=2)[..., -(1 if group_score == "max" else 2) :].sum(axis=2)
+    parts = np.sort(keys.reshape(5, 4, 3), axis=2)[..., -(1 if group_score == "max" else 2) :]
+    groups = parts.sum(axis=2)
+    order = np.argsort(groups, axis=1)
+    gaps = np.diff(np.take_along_axis(groups, order, axis=1), axis=1)
+    alike = (np.diff(np.take_along_axis(parts, order[..., None], axis=1), axis=1) == 0).all(axis=2)
+    clear = (alike | (gaps > 1e-9)).all(axis=1)
     allowed = np.zeros((5, 12), bool)
     for t, chosen in enumerate(best(groups.round(12), kept)):
         allowed[t] = np.isin(np.arange(12) // 3, chosen)
-    assert np.array_equal(routing.indices, best(np.where(allowed, keys.round(12), -np.inf), 3))
+    expected = best(np.where(allowed, keys.round(12), -np.inf), 3)
+    assert np.array_equal(routing.indices[clear], expected[clear])
 
 
 # ── every number of experts and of choices
