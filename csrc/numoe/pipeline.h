@@ -132,7 +132,7 @@ class Pipeline {
     }
   }
 
-  // Brings a block of rows [row, row + sums.rows) of expert e, columns [col, col + sums.cols), to where it belongs.
+  // Brings a block of expert e, whose first number is that of `row` and `col`, to where it belongs.
   void deliver(const Destination<T>& to, Index e, Index row, Index col, MatrixView<const T> block) const {
     const Index first = dispatch_.begin(e) + row;
     if (to.sums) {
