@@ -174,10 +174,10 @@ inline Index column_block(Index depth, Index cols, Index width, Index tasks, Ind
 // What a thread keeps memory for, until it ends, so that calls do not fault in fresh pages each time.
 enum class Slot {
   // of a task: scratch
-  panel,    // or rows on their way to one
-  sums,     // and rows of the other factor behind them
-  passing,  // on its way to a product
-  stage,
+  panel,    // and rounded rows, and rows that are padded to a panel's width
+  sums,     // and what else a product needs beside its panel
+  passing,  // what is on its way to a product: zipped, widened, packed
+  stage,    // see Stage
   // of a call: Workspace
   inputs,
   hidden,
@@ -209,8 +209,8 @@ T* scratch(Index size) {
   return buffer.data();
 }
 
-// A call's scratch.  The call owns the kept buffer while it runs - a signal handler may
-// call the library in its middle, on the same thread - and gives it back unless it is unusually large.
+// A call's scratch.  The call owns the kept buffer while it runs - a signal handler may call the library in its middle, on the
+// same thread - and gives it back unless it is unusually large.
 template <class T, Slot slot>
 class Workspace {
  public:

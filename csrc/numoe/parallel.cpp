@@ -242,8 +242,7 @@ class Pool {
   std::atomic<bool> has_error_{false}, skipped_{false};
   alignas(kLine) std::atomic<std::size_t> next_{0};    // unsigned: may pass num_tasks by one per worker
   alignas(kLine) std::atomic<std::uint32_t> door_{0};  // helpers park on it
-  std::atomic<std::uint32_t> news_{
-      0};  // counts up when the last helper has left, or somebody should look; the caller parks on it
+  std::atomic<std::uint32_t> news_{0};  // the last helper has left, or the caller should look around: it parks on it
 };
 
 bool Pool::try_run(const Job& job, int max_workers) {
@@ -333,7 +332,7 @@ void Pool::help(int worker) {
   float_mode_.apply();
   try {
     take_tasks(worker);
-  } catch (const Skipped&) {
+  } catch (const Skipped&) {  // has served its purpose
   } catch (...) {
     if (!has_error_.exchange(true)) error_ = std::current_exception();
     skip_the_rest();
