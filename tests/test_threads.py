@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -361,6 +362,28 @@ def test_daemon_threads_do_not_disturb_the_end(call: str) -> None:
         timeout=20,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_importing_and_calling_leave_the_floating_point_mode_alone() -> None:
+    """Directed rounding is set before; subnormal numbers must stay numbers."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("FE_UPWARD has another number elsewhere")
+    code = """
+        import ctypes, ctypes.util, sys
+        import numpy as np
+        libm, upward = ctypes.CDLL(ctypes.util.find_library("m")), 0x800
+        assert libm.fesetround(upward) == 0
+        import numoe
+        layer = numoe.MoELayer(d_model=8, d_ff=16, num_experts=4, top_k=2, rng=0)
+        x = np.ones((5, 8), np.float32)
+        layer.backward(x, layer.forward(x))
+        layer.pack()(x)
+        assert libm.fegetround() == upward
+        tiny = np.array([1e-38], np.float32)
+        assert tiny * np.float32(1e-3) > 0
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_starts_no_thread_and_changes_no_signal() -> None:
