@@ -118,3 +118,15 @@ def test_a_thousand_calls_leave_nothing_behind(name: str) -> None:
         call()
     assert resident() - memory < 2 * 2**20
     assert sys.getallocatedblocks() - objects < 300
+
+
+def test_threads_keep_no_memory_for_the_length_of_a_batch() -> None:
+    """The router's gradient is a sum over all tokens, which are packed some thousands at a time."""
+    w = np.zeros((64, 16), np.float32)
+
+    def kept_after(tokens: int) -> int:
+        numoe.router_logits_backward(np.ones((tokens, 16), np.float32), np.ones((tokens, 64), np.float32), w)
+        return resident()
+
+    before = kept_after(10_000)
+    assert kept_after(200_000) - before < 20e6

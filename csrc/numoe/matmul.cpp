@@ -57,8 +57,13 @@ void sweep_all_tiles(Tile tile, const PackedRows<T>& rows, TileRange range, cons
   const Index width = kernels<T>().tile_cols, whole = c.cols / width, rest = c.cols % width;
   if (rest == 0) return;
   const Index first = rows.tiles.begin(range.begin), end = rows.tiles.begin(range.end);
-  sweep_tiles(tile, rows, range, panels + whole * rows.depth * width, Store::overwrite,
-              {sums - first * width, end, width, width});
+  const MatrixView<T> last{sums - first * width, end, width, width};
+  const bool goes_on = store == Store::accumulate;
+  for (Index r = first; goes_on && r < end; ++r) {
+    std::copy_n(c.row(r) + whole * width, rest, last.row(r));
+    std::fill_n(last.row(r) + rest, width - rest, T(0));
+  }
+  sweep_tiles(tile, rows, range, panels + whole * rows.depth * width, goes_on ? store : Store::overwrite, last);
   for (Index r = first; r < end; ++r, sums += width) {
     T* const row = c.row(r) + whole * width;
     if (store == Store::add) {
@@ -157,20 +162,28 @@ void multiply_zipped_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange
 template <class T>
 void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T> c) {
   constexpr Index tiles_per_task = 16;  // enough rows to pay for packing b again, few enough to share out
+  constexpr Index deepest = 8192;       // k's at once: threads keep what they pack
   const Index width = kernels<T>().tile_cols;
   const RowTiles tiles{c.rows, kernels<T>().tile_rows};
   if (c.rows == 0 || c.cols == 0) return;
   const Index row_tasks = (tiles.count() + tiles_per_task - 1) / tiles_per_task;
   const Index tasks = std::max<Index>(1, 2 * num_threads() / row_tasks);
   const Index block = column_block(depth, c.cols, width, tasks, tiles_per_task * kernels<T>().tile_rows);
+  const Index depth_of_block = std::min(depth, deepest);
   const Index col_tasks = (c.cols + block - 1) / block;
   parallel_for(row_tasks * col_tasks, [&](Index task) {
     const Index tile_begin = task / col_tasks * tiles_per_task, col = task % col_tasks * block;
     const Index cols = std::min(block, c.cols - col);
-    T* panels = scratch<T, Slot::passing>(num_panels(cols, width) * width * depth);
-    pack_panels(b, depth, col, cols, width, panels);
+    T* panels = scratch<T, Slot::passing>(num_panels(cols, width) * width * depth_of_block);
     const TileRange range{tile_begin, std::min(tile_begin + tiles_per_task, tiles.count())};
-    multiply_tiles(a, tiles, range, depth, panels, Store::overwrite, {c.data + col, c.rows, cols, c.stride});
+    Index k = 0;
+    do {  // once at least: an empty sum is 0
+      const Index here = std::min(depth_of_block, depth - k);
+      const Store store = k == 0 ? Store::overwrite : Store::accumulate;
+      pack_panels(rows_from(b, k), here, col, cols, width, panels);
+      multiply_tiles(a.cols_from(k), tiles, range, here, panels, store, {c.data + col, c.rows, cols, c.stride});
+      k += depth_of_block;
+    } while (k < depth);
   });
 }
 

@@ -11,8 +11,8 @@ namespace numoe {
 template <class T>
 void matmul(const Operand<T>& a, const Operand<T>& b, Index depth, MatrixView<T> c);
 
-// The serial part of a product whose b is packed: the row tiles of `range` times all panels → c, which is overwritten,
-// added to, or streamed: overwritten in the way that is best for results larger than the caches.
+// The serial part of a product whose b is packed: the row tiles of `range` times all panels → c, which is overwritten, gone on
+// with (accumulate), added to, or streamed: overwritten in the way that is best for results larger than the caches.
 template <class T>
 void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range, Index depth, const T* b_panels,
                     Store store, MatrixView<T> c);

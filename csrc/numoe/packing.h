@@ -29,6 +29,17 @@ struct Operand {
 
   const T* row(Index i) const { return data + (row_index ? row_index[i] : i) * row_stride; }
   const T* col(Index j) const { return data + (col_index ? col_index[j] : j) * col_stride; }
+
+  Operand cols_from(Index j) const {
+    Operand rest = *this;
+    if (col_index) {
+      rest.col_index += j;
+    } else {
+      rest.data += j * col_stride;
+    }
+    if (col_scale) rest.col_scale += j;
+    return rest;
+  }
 };
 
 template <class T>
@@ -38,6 +49,10 @@ Operand<T> operand(MatrixView<const T> a) {
 template <class T>
 Operand<T> transposed(const Operand<T>& a) {
   return {a.data, a.col_stride, a.row_stride, a.col_index, a.row_index, a.col_scale, a.row_scale};
+}
+template <class T>
+Operand<T> rows_from(const Operand<T>& a, Index i) {
+  return transposed(transposed(a).cols_from(i));
 }
 
 constexpr Index max_tile_rows = 256, max_tile_cols = 64;  // of any target
