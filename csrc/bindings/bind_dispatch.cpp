@@ -60,12 +60,8 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
   auto row_token = dims.empty<std::int32_t>("M");
   auto row_assignment = dims.empty<std::int32_t>("M");
   auto assignment_row = dims.empty<std::int32_t>("T K");
-  const auto tokens = row_token.span(), assignments = row_assignment.span();
-  const auto rows = assignment_row.matrix();
-  {
-    ReleasedGil nogil;
-    sort_by_expert(indices, kept, offset, tokens, assignments, rows);
-  }
+  // With the GIL: what has just been counted may not change.
+  sort_by_expert(indices, kept, offset, row_token.span(), row_assignment.span(), assignment_row.matrix());
   return py::make_tuple(offsets.array, row_token.array, row_assignment.array, assignment_row.array);
 }
 

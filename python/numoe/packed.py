@@ -47,10 +47,10 @@ class PackedMoELayer:
     products.  Sums, router, biases, activation and the weighted sum of the experts stay float32.  A token's bits depend
     as little as ever on threads and on the batch around it.
 
-    A call needs memory beside its result, which its threads keep for the next one: the gathered and the hidden rows of the
-    experts at work, (D + F) numbers each and 4 MB per thread (32 at most) or one expert's; with several threads also their
-    output rows, D numbers each and 16 MB per thread (256 at most) or one expert's; and a panel, blocks and sums, less than
-    1 MB per thread.  Above 64 MB of one kind are given back.
+    A call needs memory beside its result, which its threads keep for the next one: the gathered and the hidden rows of
+    the experts at work, (D + F) numbers each and up to 4 MB per thread (32 at most) or one expert's; with several
+    threads also their output rows, D numbers each and 16 MB per thread (256 at most) or one expert's; and a panel,
+    blocks and sums, less than 1 MB per thread.  Above 64 MB of one kind are given back.
 
     Attributes
     ----------

@@ -104,7 +104,7 @@ const KernelTable& kernel_table() {
   return chosen;
 }
 
-// Measured on Zen 3 and 4, as they stand; on a Xeon with AMX, whose prefetchers follow 32 pages: one stream with lines asked for ahead
+// Measured on Zen 3 and 4; on a Xeon with AMX, whose prefetchers follow 32 pages: one stream with lines asked for ahead
 // draws 18.8 GB/s there, four streams 12 to 15, and a sweep over 64 rows half of one over 16; and on a Zen 5, where rows
 // one after the other give 39 GB/s, two side by side, 128 bytes of each in turns, 24 to 32, eight 22 to 27.
 const Habits& habits() {
