@@ -121,6 +121,76 @@ def test_many_short_lived_threads_give_their_scratch_back() -> None:
     assert float(done.stdout) < 50, done.stderr
 
 
+def test_a_thread_computes_while_the_main_thread_keeps_the_gil() -> None:
+    """Signals are the main thread's business; another one does not wait for the GIL to look for them."""
+    done = python("""
+        import time
+        numoe.set_num_threads(1)
+        layer = numoe.MoELayer(d_model=256, d_ff=512, num_experts=1, top_k=1, rng=0)
+        x = np.ones((10_000, 256), np.float32)  # far more than the 20 ms between two looks
+        out = layer.forward(x)
+        grads = layer.backward(x, out)
+        for grad in grads.params.values():
+            grad.fill(0)
+        first, last = grads.params["w_down"].ravel()[:1], grads.params["w_up"].ravel()[-1:]
+        worker = threading.Thread(target=layer.backward, args=(x, out), kwargs={"into": grads})
+        sys.setswitchinterval(1000)
+        worker.start()
+        while not first:  # until it computes
+            time.sleep(0)
+        assert not last
+        end = time.monotonic() + 20
+        while not last and time.monotonic() < end:
+            pass
+        assert last
+        worker.join()
+    """)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("written", ["indices", "weights", "row_token"])
+def test_writing_while_another_thread_computes_crashes_nothing(written: str) -> None:
+    """The core reads and writes memory at positions that it has from these arrays."""
+    done = python(f"""
+        E, tokens = 64, 100_000
+        numoe.set_num_threads(1)
+        layer = numoe.MoELayer(d_model=4, d_ff=4, num_experts=E, top_k=1, rng=0)
+        limit = numoe.DispatchConfig(capacity=tokens, drop_priority="probability")
+        fast, x = layer.pack(), np.ones((tokens, 4), np.float32)
+        router, experts = layer.config.router, layer.config.experts
+        indices, weights = np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)
+        plan = numoe.dispatch(numoe.Routing(indices=indices, weights=weights), router)
+        noise = np.random.default_rng(0).random((tokens, 1), np.float32)
+        changes = dict(
+            indices=(indices, [np.zeros_like(indices), np.full_like(indices, E - 1)]),
+            weights=(weights, [noise, noise[::-1].copy()]),
+            row_token=(plan.row_token, [plan.row_token.copy(), np.full_like(plan.row_token, 2**31 - 1)]),
+        )
+        array, values = changes[{written!r}]
+        stop = threading.Event()
+        def change():
+            while not stop.is_set():
+                for value in values:
+                    array[...] = value
+        changer = threading.Thread(target=change)
+        changer.start()
+        try:
+            for _ in range(30):
+                if {written!r} == "row_token":
+                    try:
+                        numoe.experts_forward(x, plan, layer.params, experts, weights=weights, combined=True)
+                    except ValueError:
+                        pass  # it saw what was wrong
+                else:
+                    fast.forward_routed(x, indices, weights)
+                    numoe.dispatch(numoe.Routing(indices=indices, weights=weights), router, limit)
+        finally:
+            stop.set()
+            changer.join()
+    """)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ── other processes
 
 

@@ -87,6 +87,24 @@ struct Output {
   std::span<T> span() { return {data(), static_cast<std::size_t>(array.size())}; }
 };
 
+// A copy of an argument on which the core relies for where it reads and writes: without the GIL, other threads may write to
+// the array itself.
+template <class T>
+class Copied {
+ public:
+  explicit Copied(MatrixView<const T> a) : numbers_(a.rows * a.cols), view_{numbers_.data(), a.rows, a.cols, a.cols} {
+    std::copy_n(a.data, numbers_.size(), numbers_.data());
+  }
+  Copied(const Copied&) = delete;
+  Copied& operator=(const Copied&) = delete;
+
+  const MatrixView<const T>& view() const { return view_; }
+
+ private:
+  Buffer<T> numbers_;
+  MatrixView<const T> view_;
+};
+
 // Shape letters → sizes, bound by the first array that uses a letter and checked against every later one; and where the arrays
 // are, because one that is written may share memory with none before it.  Letters and names are string literals; an array that
 // fits costs no allocation.

@@ -29,7 +29,8 @@ std::vector<CapacityGroup> capacity_groups(MatrixView<const std::int64_t> groups
 py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weights_, Index num_experts,
                                const py::object& groups_, const std::string& priority_) {
   Dims dims;
-  auto indices = dims.matrix<std::int32_t>(indices_, "indices", "T K");
+  const Copied copied_indices(dims.matrix<std::int32_t>(indices_, "indices", "T K"));
+  const auto& indices = copied_indices.view();
   constexpr Index most_experts = std::numeric_limits<std::int32_t>::max();  // indices are 32-bit
   if (num_experts < 1 || num_experts > most_experts) {
     throw py::value_error("num_experts must be in 1.." + std::to_string(most_experts) + "; got " +
@@ -49,9 +50,9 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
     const auto groups = capacity_groups(dims.optional_matrix<std::int64_t>(groups_, "groups", "G 3"), dims["T"]);
     const auto array = Dims::as_array(weights_, "weights");
     with_dtype(array, [&]<class T>() {
-      const auto weights = dims.matrix<T>(array, "weights", "T K");
+      const Copied weights(dims.matrix<T>(array, "weights", "T K"));
       ReleasedGil nogil;
-      keep_within_capacity(indices, weights, num_experts, groups, priority, kept);
+      keep_within_capacity(indices, weights.view(), num_experts, groups, priority, kept);
     });
     count_assignments(indices, kept, offset.subspan(1));
   }
@@ -60,8 +61,12 @@ py::tuple bind_dispatch_tokens(const py::array& indices_, const py::object& weig
   auto row_token = dims.empty<std::int32_t>("M");
   auto row_assignment = dims.empty<std::int32_t>("M");
   auto assignment_row = dims.empty<std::int32_t>("T K");
-  // With the GIL: what has just been counted may not change.
-  sort_by_expert(indices, kept, offset, row_token.span(), row_assignment.span(), assignment_row.matrix());
+  const auto tokens = row_token.span(), assignments = row_assignment.span();
+  const auto rows = assignment_row.matrix();
+  {
+    ReleasedGil nogil;
+    sort_by_expert(indices, kept, offset, tokens, assignments, rows);
+  }
   return py::make_tuple(offsets.array, row_token.array, row_assignment.array, assignment_row.array);
 }
 
@@ -96,7 +101,8 @@ py::array bind_combine(const py::array& rows_, const py::array& offset_, const p
     dims.bind("T", num_tokens);
     dims.bind("K", top_k);
     dims.bind("E", offset_.size() - 1);
-    const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
+    const CheckedDispatch checked(dims, offset_, row_token_, row_assignment_);
+    const DispatchView& dispatch = checked.view();
     auto rows = dims.matrix<T>(rows_, "rows", "M D");
     auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
     auto y = dims.empty<T>("T D");
@@ -117,7 +123,8 @@ py::tuple bind_combine_backward(const py::array& dy_, const py::array& rows_, co
     auto dy = dims.matrix<T>(dy_, "dy", "T D");
     dims.bind("K", top_k);
     dims.bind("E", offset_.size() - 1);
-    const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
+    const CheckedDispatch checked(dims, offset_, row_token_, row_assignment_);
+    const DispatchView& dispatch = checked.view();
     auto rows = dims.matrix<T>(rows_, "rows", "M D");
     auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
     auto drows = dims.empty<T>("M D");

@@ -26,7 +26,8 @@ py::tuple bind_experts_forward(const py::array& x_, const py::array& offset_, co
     auto x = dims.matrix<T>(x_, "x", "T D");
     dims.bind("K", top_k);
     const auto experts = expert_weights<S>(dims, params);
-    const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
+    const CheckedDispatch checked(dims, offset_, row_token_, row_assignment_);
+    const DispatchView& dispatch = checked.view();
     auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
     auto result = dims.empty<T>(combined ? "T D" : "M D");
     ExpertCache<T> cache;
@@ -114,7 +115,8 @@ py::tuple bind_experts_backward(const py::array& dresult_, const py::array& x_, 
     auto x = dims.matrix<T>(x_, "x", "T D");
     dims.bind("K", top_k);
     const auto experts = expert_weights<S>(dims, params);
-    const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
+    const CheckedDispatch checked(dims, offset_, row_token_, row_assignment_);
+    const DispatchView& dispatch = checked.view();
     auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
     auto dresult = dims.matrix<T>(dresult_, combined ? "dy" : "drows", combined ? "T D" : "M D");
     ExpertCache<const T> cache{dims.optional_matrix<T>(cache_gate_, "cache.gate", "M F"),

@@ -36,7 +36,8 @@ py::tuple load_balance(const py::array& logits_, const py::array& indices_, cons
     const auto logits = dims.matrix<T>(logits_, "logits", "T E");
     const auto indices = dims.matrix<std::int32_t>(indices_, "indices", "T K");
     const auto mask = dims.optional_vector<bool>(mask_, "mask", "T");
-    const auto lengths = dims.optional_vector<std::int64_t>(lengths_, "sequence_lengths", "B");
+    const auto given = dims.optional_vector<std::int64_t>(lengths_, "sequence_lengths", "B");
+    const std::vector<std::int64_t> lengths(given.begin(), given.end());  // a copy, like Copied
     check_lengths(lengths, logits.rows);
     const auto convention = parse<BalanceConvention>(convention_, "convention", conventions);
     const auto score = parse<Score>(score_, "score", scores);

@@ -107,7 +107,8 @@ py::array forward_routed(const PackedLayer<S>& layer, const py::array& x_, const
   Dims dims;
   dims.bind("D", layer.d_model());
   auto x = dims.matrix<T>(x_, "x", "T D");
-  auto indices = dims.matrix<std::int32_t>(indices_, "indices", "T K");
+  const Copied copied_indices(dims.matrix<std::int32_t>(indices_, "indices", "T K"));
+  const auto& indices = copied_indices.view();
   auto weights = dims.matrix<T>(weights_, "weights", "T K");
   check_assignments(dims["T"], dims["K"]);
   check_distinct(indices);
@@ -131,7 +132,8 @@ py::array experts(const PackedLayer<S>& layer, const py::array& x_, const py::ar
   dims.bind("E", layer.num_experts());
   dims.bind("K", top_k);
   auto x = dims.matrix<T>(x_, "x", "T D");
-  const auto dispatch = dispatch_view(dims, offset_, row_token_, row_assignment_);
+  const CheckedDispatch checked(dims, offset_, row_token_, row_assignment_);
+  const DispatchView& dispatch = checked.view();
   auto weights = dims.optional_matrix<T>(weights_, "weights", "T K");
   auto y = dims.empty<T>("T D");
   auto view = y.matrix();

@@ -104,7 +104,8 @@ py::array bind_route_backward(const py::array& logits_, const py::array& indices
     auto logits = dims.matrix<T>(logits_, "logits", "T E");
     check_options(options, dims["E"]);
     dims.bind("K", options.top_k);
-    auto indices = dims.matrix<std::int32_t>(indices_, "indices", "T K");
+    const Copied copied_indices(dims.matrix<std::int32_t>(indices_, "indices", "T K"));
+    const auto& indices = copied_indices.view();
     auto dweights = dims.matrix<T>(dweights_, "dweights", "T K");
     for (Index t = 0; t < indices.rows; ++t) {
       for (Index k = 0; k < indices.cols; ++k) {

@@ -42,22 +42,39 @@ inline void check_one_row_each(const DispatchView& view, Index num_assignments, 
   }
 }
 
-// Binds M; needs T, K and E to be bound.
-inline DispatchView dispatch_view(Dims& dims, const py::array& offset_, const py::array& row_token_,
-                                  const py::array& row_assignment_) {
-  check_assignments(dims["T"], dims["K"]);
-  if (dims["E"] < 0) throw py::value_error("offsets must hold E + 1 numbers; got none; use numoe.dispatch");
-  dims.bind("E+1", dims["E"] + 1);
-  DispatchView view{dims.vector<std::int64_t>(offset_, "offsets", "E+1"),
-                    dims.vector<std::int32_t>(row_token_, "row_token", "M"),
-                    dims.vector<std::int32_t>(row_assignment_, "row_assignment", "M")};
-  bool ascending = view.offset.front() == 0 && view.offset.back() == view.num_rows();
-  for (Index e = 0; e < view.num_experts(); ++e) ascending = ascending && view.rows(e) >= 0;
-  if (!ascending) throw py::value_error("offsets must ascend from 0 to the number of rows; use numoe.dispatch");
-  check_range(view.row_token, dims["T"], "row_token");
-  check_range(view.row_assignment, dims["T"] * dims["K"], "row_assignment");
-  check_one_row_each(view, dims["T"] * dims["K"], dims["K"]);
-  return view;
-}
+// The arrays of a call are copied before they are checked: while the core runs without the GIL, other threads may write to
+// the originals.  Binds M; needs T, K and E to be bound.
+class CheckedDispatch {
+ public:
+  CheckedDispatch(Dims& dims, const py::array& offset, const py::array& row_token, const py::array& row_assignment) {
+    check_assignments(dims["T"], dims["K"]);
+    if (dims["E"] < 0) throw py::value_error("offsets must hold E + 1 numbers; got none; use numoe.dispatch");
+    dims.bind("E+1", dims["E"] + 1);
+    offset_ = copy(dims.vector<std::int64_t>(offset, "offsets", "E+1"));
+    row_token_ = copy(dims.vector<std::int32_t>(row_token, "row_token", "M"));
+    row_assignment_ = copy(dims.vector<std::int32_t>(row_assignment, "row_assignment", "M"));
+    view_ = {offset_, row_token_, row_assignment_};
+    bool ascending = view_.offset.front() == 0 && view_.offset.back() == view_.num_rows();
+    for (Index e = 0; e < view_.num_experts(); ++e) ascending = ascending && view_.rows(e) >= 0;
+    if (!ascending) throw py::value_error("offsets must ascend from 0 to the number of rows; use numoe.dispatch");
+    check_range(view_.row_token, dims["T"], "row_token");
+    check_range(view_.row_assignment, dims["T"] * dims["K"], "row_assignment");
+    check_one_row_each(view_, dims["T"] * dims["K"], dims["K"]);
+  }
+  CheckedDispatch(const CheckedDispatch&) = delete;
+  CheckedDispatch& operator=(const CheckedDispatch&) = delete;
+
+  const DispatchView& view() const { return view_; }
+
+ private:
+  template <class T>
+  static std::vector<T> copy(std::span<const T> values) {
+    return {values.begin(), values.end()};
+  }
+
+  std::vector<std::int64_t> offset_;
+  std::vector<std::int32_t> row_token_, row_assignment_;
+  DispatchView view_;
+};
 
 }  // namespace numoe::bindings

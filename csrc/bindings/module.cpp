@@ -1,5 +1,8 @@
 // numoe._core: what the bind_*.cpp bind, threads and targets.  Private; the public functions are Python.
+#include <pthread.h>
 #include <pybind11/stl.h>
+
+#include <atomic>
 
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
@@ -18,9 +21,14 @@ void bind_probes(py::module_& m);
 
 namespace {
 
-// Ctrl-C: runs Python's pending signal handlers; they raise in the main thread only.
+// Python's main thread; after fork() the one that forked.
+std::atomic<unsigned long> main_thread{0};
+void know_main_thread() { main_thread = PyThread_get_thread_ident(); }
+
+// Ctrl-C: runs Python's pending signal handlers.  They run in the main thread only, so that other threads need not wait for
+// the GIL to look.
 void check_signals() {
-  if (interpreter_is_going_away()) return;
+  if (PyThread_get_thread_ident() != main_thread || interpreter_is_going_away()) return;
   PyGILState_STATE state{};
   wait_for_gil([&] { state = PyGILState_Ensure(); });
   const bool raised = PyErr_CheckSignals() != 0;
@@ -59,6 +67,8 @@ py::object start_threads() {
   const char* complaint = nullptr;
   const int wanted = num_threads_from_environment(&complaint);
   if (wanted > 0) set_default_num_threads(wanted);
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  pthread_atfork(nullptr, nullptr, know_main_thread);
   set_interrupt_check(check_signals);
   return complaint ? py::object(py::str(complaint)) : py::none();
 }

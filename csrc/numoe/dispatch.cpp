@@ -55,10 +55,9 @@ class Admission {
 
  private:
   void offer(Index t, Index k) {
-    // -1 is beyond all experts; checked again, because other threads may write to indices meanwhile.
-    const auto expert = static_cast<std::size_t>(indices_(t, k));
-    const bool admitted = expert < free_.size() && free_[expert] > 0;
-    if (admitted) --free_[expert];
+    const std::int32_t expert = indices_(t, k);
+    const bool admitted = expert >= 0 && free_[static_cast<std::size_t>(expert)] > 0;
+    if (admitted) --free_[static_cast<std::size_t>(expert)];
     kept_(t, k) = admitted;
   }
 

@@ -211,13 +211,13 @@ struct ChosenBefore {
   }
 };
 
-// order (E) is scratch.
+// order (E) is scratch.  Heaps, of which std::partial_sort makes use, stay in their range even if another thread changes the
+// numbers meanwhile.
 template <class T>
 Threshold find_threshold(const T* noisy, Index top_k, std::vector<std::int32_t>& order) {
   std::iota(order.begin(), order.end(), 0);
-  const ChosenBefore<T> before{noisy};
-  std::nth_element(order.begin(), order.begin() + top_k, order.end(), before);
-  return {*std::max_element(order.begin(), order.begin() + top_k, before), order[static_cast<std::size_t>(top_k)]};
+  std::partial_sort(order.begin(), order.begin() + top_k + 1, order.end(), ChosenBefore<T>{noisy});
+  return {order[static_cast<std::size_t>(top_k - 1)], order[static_cast<std::size_t>(top_k)]};
 }
 
 // One token of the load loss.
