@@ -319,9 +319,9 @@ class RowMajorPairs {
     if (in_place(tiles, rows) || !staged()) return std::min(count(), std::clamp<Index>(panels_in(cache, rows), 4, 32));
     return std::min(count(), width_of_block(rows) / (W_ * static_cast<Index>(sizeof(T))));
   }
-  // One tile alone is best off with small blocks (35 -> 53 % of the limit at 10 rows, Zen 5).
+  // Through the L1, one tile alone is best off with small blocks (35 -> 53 % of the limit at 10 rows, Zen 5).
   Index depth_of_block(Index rows) const {
-    const bool one_tile = rows <= kernels<T>().pairs.tile_rows;
+    const bool one_tile = rows <= kernels<T>().pairs.tile_rows && habits().to_stage == Route::through_l1;
     return (one_tile ? block_bytes / 2 : block_bytes) / width_of_block(rows);
   }
   Stage stage() const {

@@ -101,7 +101,8 @@ struct PairedBlock {
   Carriage carriage(T* staged, Index tiles) const {
     constexpr Index number = sizeof(bfloat16);
     const Index lines_in_row = cols * number / Carry::line;
-    return Carriage({.from = reinterpret_cast<const char*>(data),
+    return Carriage({.route = habits().to_stage,
+                     .from = reinterpret_cast<const char*>(data),
                      .to = reinterpret_cast<char*>(staged),
                      .lines_in_row = lines_in_row,
                      .lead = habits().lines_ahead / std::max<Index>(1, 2 * lines_in_row) * 2 * stride * number,

@@ -108,7 +108,8 @@ void carry(Carry& what) {
 }
 template <int N>
 void carry_zipped(Carry& what) {
-  carry_lines<Zipping<N, Route::through_l1>>(what);
+  if (what.route == Route::through_l1) return carry_lines<Zipping<N, Route::through_l1>>(what);
+  carry_lines<Zipping<N, Route::through_l2>>(what);
 }
 
 }  // namespace

@@ -478,7 +478,10 @@ struct Tile {
     functions[rows - 1](args, carry);
   }
   static void run_carrying_dot(Index rows, const TileArgs<T>& args, Carry& carry) {
-    carrying_heights<Zipping<N, Route::through_l1>, Pairs<N>>(all)[rows - 1](args, carry);
+    const auto functions = carry.route == Route::through_l1
+                               ? carrying_heights<Zipping<N, Route::through_l1>, Pairs<N>>(all)
+                               : carrying_heights<Zipping<N, Route::through_l2>, Pairs<N>>(all);
+    functions[rows - 1](args, carry);
   }
 
  private:
