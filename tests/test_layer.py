@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import pickle
 from typing import Any
@@ -571,3 +572,18 @@ def test_parameters_are_counted_and_shown() -> None:
     idle = sum(layer.params[name][0].size for name in ("w_gate", "w_up", "w_down")) * (6 - 2)
     assert layer.num_active_params == layer.num_params - idle
     assert f"{layer.num_params:,} parameters" in repr(layer) and f"{layer.num_params:,}" in layer._repr_html_()
+
+
+def test_help_and_completion_show_the_options_by_name() -> None:
+    class WithOneMore(numoe.MoELayer):
+        def __init__(self, depth: int) -> None:
+            super().__init__(d_model=depth, d_ff=2, num_experts=2, top_k=1)
+
+    shown = inspect.signature(numoe.MoELayer).parameters
+    required = [name for name, parameter in shown.items() if parameter.default is parameter.empty]
+    assert required == ["d_model", "num_experts", "top_k", "d_ff"]
+    config = MoEConfig.from_options(d_model=3, d_ff=2, num_experts=2, top_k=1)
+    defaults = {name: shown[name].default for name in shown if name not in {*required, "config", "rng"}}
+    assert config.replace(**defaults) == config
+    assert set(shown) == {option.name for option in MoEConfig.option_fields()} | {"config", "rng"}
+    assert list(inspect.signature(WithOneMore).parameters) == ["depth"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes  # noqa: F401  makes NumPy know "bfloat16"
 import numpy as np
@@ -404,6 +405,9 @@ class Coefficients(Mapping[str, float]):
         return repr(self._values)
 
 
+_PARTS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "dispatch": DispatchConfig}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(_Checked):
     """Everything that defines an MoE layer except its numbers.
@@ -435,7 +439,7 @@ class MoEConfig(_Checked):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, kind in (("router", RouterConfig), ("experts", ExpertConfig), ("dispatch", DispatchConfig)):
+        for name, kind in _PARTS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}; got {type(getattr(self, name)).__name__}.")
         if self.shared is not None and not isinstance(self.shared, SharedExpertConfig):
@@ -552,10 +556,10 @@ class MoEConfig(_Checked):
         >>> config.dispatch.capacity_factor
         1.5
         """
-        parts: dict[type, dict[str, Any]] = {RouterConfig: {}, ExpertConfig: {}, DispatchConfig: {}}
+        parts: dict[type, dict[str, Any]] = {part: {} for part in _PARTS.values()}
         own: dict[str, Any] = {}
         homes = {f.name: part for part in parts for f in dataclasses.fields(part)}
-        known = [*homes, "d_model", "shared", "aux_losses", "dtype"]
+        known = [option.name for option in cls.option_fields()]
         for name, value in options.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -565,12 +569,17 @@ class MoEConfig(_Checked):
         missing = [name for name in ("d_model", "d_ff", "num_experts", "top_k") if name not in options]
         if missing:
             raise TypeError(f"missing option{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}.")
-        return cls(
-            router=RouterConfig(**parts[RouterConfig]),
-            experts=ExpertConfig(**parts[ExpertConfig]),
-            dispatch=DispatchConfig(**parts[DispatchConfig]),
-            **own,
-        )
+        return cls(**{name: part(**parts[part]) for name, part in _PARTS.items()}, **own)
+
+    @staticmethod
+    def option_fields() -> list[dataclasses.Field[Any]]:
+        """What `from_options` takes: its own fields but for the parts, and the fields of these.
+
+        >>> [option.name for option in MoEConfig.option_fields()][:4]
+        ['d_model', 'shared', 'aux_losses', 'dtype']
+        """
+        own = [known for known in dataclasses.fields(MoEConfig) if known.name not in _PARTS]
+        return own + [known for part in _PARTS.values() for known in dataclasses.fields(part)]
 
     def replace(self, **options: Any) -> MoEConfig:
         """A copy of the configuration with some flat options changed; the names are those of `from_options`.
@@ -579,15 +588,10 @@ class MoEConfig(_Checked):
         >>> config.replace(capacity_factor=1.0, dtype="float64").dispatch.capacity_factor
         1.0
         """
-        current: dict[str, Any] = {
-            "d_model": self.d_model,
-            "shared": self.shared,
-            "aux_losses": self.aux_losses,
-            "dtype": self.dtype,
-        }
-        for part in (self.router, self.experts, self.dispatch):
-            current |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-        return self.from_options(**{**current, **options})
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for part in [settings.pop(name) for name in _PARTS]:
+            settings |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        return self.from_options(**(settings | options))
 
     def main_settings(self) -> dict[str, Any]:
         """What a reader wants to see first: the sizes, and every setting that is not the default."""
@@ -612,13 +616,12 @@ class MoEConfig(_Checked):
     def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:
         """The configuration saved by `to_dict`; unknown or missing keys raise ``TypeError``."""
         data = dict(data)
-        parts = {"router": RouterConfig, "experts": ExpertConfig, "dispatch": DispatchConfig}
-        missing = [name for name in ("d_model", *parts) if name not in data]
+        missing = [name for name in ("d_model", *_PARTS) if name not in data]
         if missing:
             raise TypeError(f"a configuration needs {', '.join(map(repr, missing))}; got {', '.join(map(repr, data))}.")
         shared = data.pop("shared", None)
         return cls(
-            **{name: part(**data.pop(name)) for name, part in parts.items()},
+            **{name: part(**data.pop(name)) for name, part in _PARTS.items()},
             shared=None if shared is None else SharedExpertConfig(**shared),
             **data,
         )
@@ -627,3 +630,25 @@ class MoEConfig(_Checked):
 EXPERT_PARAMS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")  # have a leading E axis
 EXPERT_MATRICES = ("w_gate", "w_up", "w_down", "w_shared_gate", "w_shared_up", "w_shared_down")
 READ_IN_PLACE = frozenset(EXPERT_PARAMS + EXPERT_MATRICES)  # never copied, because they may be gigabytes
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def show_options(function: _Function) -> _Function:
+    """Lets ``help()`` and completion show the options of `MoEConfig.from_options` by name, not as ``**options``."""
+    options = [
+        inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=_default(known), annotation=known.type)
+        for known in MoEConfig.option_fields()
+    ]
+    shown = inspect.signature(function)
+    others = [p for p in shown.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    required_first = sorted(others + options, key=lambda p: (p.kind, p.default is not p.empty))
+    function.__signature__ = shown.replace(parameters=required_first)  # type: ignore[attr-defined]
+    return function
+
+
+def _default(known: dataclasses.Field[Any]) -> Any:
+    if known.default_factory is not dataclasses.MISSING:
+        return known.default_factory()
+    return inspect.Parameter.empty if known.default is dataclasses.MISSING else known.default

@@ -16,7 +16,7 @@ from numoe._gradients import check_own, grad_store, layer_gradients
 from numoe._inputs import check_out, lengths_of, outside_logits, outside_routing, routing_source, tokens_of
 from numoe._state import check_numbers, check_state, initial_buffers, initial_params, read_state
 from numoe._steps import RouterPass, aux_losses_of, check_nan, in_shape, infer, router_pass, run_experts
-from numoe.config import MoEConfig, checked_flag, checked_real, checked_rng
+from numoe.config import MoEConfig, checked_flag, checked_real, checked_rng, show_options
 from numoe.outputs import ForwardCache, LossTerm, MoEGrads, MoEOutput, check_output
 from numoe.packed import PackedMoELayer
 from numoe.routing import Routing, dispatch, route
@@ -88,6 +88,7 @@ class MoELayer:
     params: dict[str, FloatArray]
     buffers: dict[str, FloatArray]
 
+    @show_options
     def __init__(self, *, config: MoEConfig | None = None, rng: Any = None, **options: Any) -> None:
         if config is not None and options:
             raise TypeError(f"give config or single options, not both; got config and {', '.join(options)}.")
