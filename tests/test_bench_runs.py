@@ -108,6 +108,30 @@ def test_contenders_are_measured_together_as_far_as_memory_goes(copies, together
 
 
 @pytest.mark.usefixtures("small_probe")
+def test_contenders_take_turns_within_a_row(monkeypatch, capsys):
+    turns = []
+
+    def logging(name):
+        class Logging(contenders.NumpyLoop):
+            def forward(self, x, indices, weights):
+                if name == "refuses" and turns.count(name) == 2:
+                    raise contenders.ContenderUnavailableError("it has had enough")
+                if turns[-1:] != [name]:
+                    turns.append(name)
+                return super().forward(x, indices, weights)
+
+        return Logging
+
+    names = ("a", "refuses", "b")
+    monkeypatch.setattr(suite, "CONTENDERS", {name: logging(name) for name in names})
+    options = ["--layers", "8x2x16x32", "--tokens", "4", "--passes", "forward", "--routing", "uniform"]
+    assert main(["bench", "--quick", "--seconds", "0.25", *options]) == 0
+    # the check of each, then a window each and probes, in rounds; who refuses in its first window is left out
+    assert turns[:9] == ["a", "refuses", "b", "a", "refuses", "b", "a", "b", "a"]
+    assert "no refuses in forward: it has had enough" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_probe")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scaling_is_relative_to_the_first(dtype, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "EXPERTS", (8, 16))

@@ -63,6 +63,31 @@ def test_a_very_slow_call_is_measured_once():
     assert (len(seen), result.calls) == (2, 1)  # the first one warms up
 
 
+def test_windows_wait_for_others_and_add_up():
+    seen = []
+    measurement = timing.Measurement(seen.append, seconds=1e9)
+    assert (measurement.windows, measurement.done) == (0, False)
+    measurement.take_window()
+    calls = len(seen)
+    measurement.take_window()
+    assert (measurement.windows, measurement.done) == (2, False)
+    assert seen == list(range(len(seen)))
+    assert calls < measurement.timing().calls < len(seen)  # those of both windows without their warm-up
+
+
+def test_slow_calls_warm_up_once():
+    seen = []
+
+    def call(i):
+        seen.append(i)
+        time.sleep(0.12)
+
+    measurement = timing.Measurement(call, seconds=1e9)
+    for expected in (2, 3, 4):  # the first window has one call more
+        measurement.take_window()
+        assert len(seen) == expected
+
+
 def test_medians_and_spreads_by_hand():
     window = ([], timing.Usage(wall=2.0, own=3.0, others=0.0))
     result = timing.summary([4.0, 1.0, 2.0, 3.0, 5.0], [window], clean=True)  # quartiles 2 and 4

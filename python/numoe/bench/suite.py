@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from numoe.bench.accuracy import Sample, checked_tokens, error_against_reference
 from numoe.bench.contenders import CONTENDERS, Array, ContenderUnavailableError, Prepare, Runner, Task
 from numoe.bench.machine import DRAM_SIZE, Limits, Machine, available_memory, set_blas_threads, settle
 from numoe.bench.peers import ALONE, COPIES, PEERS, versions
-from numoe.bench.timing import Timing, measure
+from numoe.bench.timing import Measurement, Timing, measure
 from numoe.bench.workloads import (
     DTYPES,
     ROUTINGS,
@@ -156,8 +156,8 @@ def memory_of_calls(cells: list[Cell], dtype: str) -> float:
 class LayerRun:
     """All cells of one layer.
 
-    In each cell all contenders have their turn before the next cell comes, as far as their copies of the weights fit
-    the memory: a shared machine changes its speed within minutes.
+    In each cell the contenders take turns of a tenth of a second, as far as their copies of the weights fit the memory:
+    a shared machine changes its speed within seconds.
     """
 
     def __init__(
@@ -192,11 +192,8 @@ class LayerRun:
         with ExitStack() as opened:
             runners = self._some_runners(waiting, cells, result, opened)
             for cell, row in zip(cells, rows, strict=True):
-                for name, runner in runners.items():
-                    self._bar.set_description(f"{cell.shape.name} {name} {cell.passes} T={cell.tokens}")
-                    with self._refusal(name, result, f" in {cell.passes}"):
-                        row["contenders"][name] = self._measure(name, runner, cell, row)
-                    self._bar.update()
+                self._measure_cell(runners, cell, row, result)
+                self._bar.update(len(runners))
 
     @contextmanager
     def _refusal(self, name: str, result: report.Row, where: str = "") -> Iterator[None]:
@@ -276,9 +273,37 @@ class LayerRun:
             "contenders": {},
         }
 
-    def _measure(self, name: str, runner: Runner, cell: Cell, row: report.Row) -> report.Row:
+    def _measure_cell(self, runners: dict[str, Runner], cell: Cell, row: report.Row, result: report.Row) -> None:
+        """Adds what each contender reached, and what the machine allowed before, between and after its turns."""
+        errors: dict[str, float] = {}
+        waiting: dict[str, Measurement] = {}
+        for name, runner in runners.items():
+            with self._turn(name, cell, result):
+                errors[name] = self._error(name, runner, cell)
+                waiting[name] = self._prepared(runner, cell)
+        work = Cost(**{field.name: row[field.name] for field in dataclasses.fields(Cost)})
+        limits = [self._limits_now(work)]
+        while waiting:
+            for name, measurement in list(waiting.items()):
+                settle()
+                with self._turn(name, cell, result):
+                    measurement.take_window()
+                if measurement.windows < len(limits):  # it was refused
+                    del waiting[name]
+            limits.append(self._limits_now(work))
+            for name in [name for name, measurement in waiting.items() if measurement.done]:
+                timing = waiting.pop(name).timing()
+                row["contenders"][name] = judge(timing, work, limits, errors[name], self._dtype)
+
+    @contextmanager
+    def _turn(self, name: str, cell: Cell, result: report.Row) -> Iterator[None]:
+        self._bar.set_description(f"{cell.shape.name} {name} {cell.passes} T={cell.tokens}")
+        with self._refusal(name, result, f" in {cell.passes}"):
+            yield
+
+    def _prepared(self, runner: Runner, cell: Cell) -> Measurement:
+        """Of the runner's calls in this cell, each with another routing."""
         x, dy, routings = self._inputs(cell)
-        error = self._error(name, runner, cell)
 
         def call(i: int) -> object:
             indices, weights = routings[i % len(routings)]
@@ -287,13 +312,11 @@ class LayerRun:
             return runner.forward(x, indices, weights)
 
         runner.prepare(routings)
-        work = Cost(**{field.name: row[field.name] for field in dataclasses.fields(Cost)})
+        return Measurement(call, seconds=self._settings.seconds)
+
+    def _limits_now(self, work: Cost) -> Limits:
         settle()
-        before = self._machine.limits(work.working_set, self._settings.probe_seconds)
-        timing = measure(call, seconds=self._settings.seconds)
-        settle()
-        after = self._machine.limits(work.working_set, self._settings.probe_seconds)
-        return judge(timing, work, (before, after), error, self._dtype)
+        return self._machine.limits(work.working_set, self._settings.probe_seconds)
 
     def _error(self, name: str, runner: Runner, cell: Cell) -> float:
         """Of some rows of the cell's own call; for gradients also of a small call, with those of the weights."""
@@ -338,10 +361,10 @@ class LayerRun:
         return {"layer": self._shape.name, "tokens": tokens, "dtype": self._dtype, **times}
 
 
-def judge(timing: Timing, work: Cost, limits: tuple[Limits, Limits], error: float, dtype: str) -> report.Row:
-    """A timing beside what the machine allowed right before and after it."""
+def judge(timing: Timing, work: Cost, limits: Sequence[Limits], error: float, dtype: str) -> report.Row:
+    """A timing beside what the machine allowed right before, meanwhile and after it."""
     peaks, bandwidths = [now.peak for now in limits], [now.bandwidth for now in limits]
-    peak, bandwidth = sum(peaks) / 2, sum(bandwidths) / 2
+    peak, bandwidth = sum(peaks) / len(peaks), sum(bandwidths) / len(bandwidths)
     best, bound = roofline(work, peak, bandwidth)
     best_of_target, _ = roofline(work, peak * limits[0].target_share, bandwidth)
     moved = bandwidths if bound == "memory" else peaks

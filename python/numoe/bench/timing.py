@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 _WINDOW = 0.1  # seconds; /proc/stat counts in steps of 0.01
+_WARM_UP = 0.01  # seconds
 _OTHERS = 0.15  # cores that others may use before a window counts as disturbed
 _OWN = 0.96  # of the wall time that a thread must have had a CPU
 
@@ -76,51 +77,83 @@ class Timing:
     cores: float  # CPUs kept busy
 
 
-def measure(call: Callable[[int], object], *, seconds: float, min_calls: int = 3) -> Timing:
-    """Times ``call(0), call(1), ...`` in windows until there are `seconds` of undisturbed calls.
+class Measurement:
+    """Times ``call(0), call(1), ...`` in windows, between which others may have their turn.
 
-    Gives up on a quiet machine after twice that; then all calls count and the result is not `clean`.  Calls so
-    slow that `min_calls` take more than 20 times as long are measured less often, at least once.
+    It is done when there are `seconds` of undisturbed calls, and gives up after twice that; then all calls count and
+    the result is not `clean`.  Calls so slow that `min_calls` take more than 20 times as long are measured less often,
+    at least once.
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        done = _warm_up(call)
-        windows: list[tuple[list[float], Usage]] = []
-        while True:
-            windows.append(_window(call, done))
-            done += len(windows[-1][0])
-            clean = [t for times, usage in windows if usage.clean() for t in times]
-            every = [t for times, _ in windows for t in times]
-            if len(clean) >= min_calls and sum(clean) >= seconds:
-                return summary(clean, windows, clean=True)
-            patience = 2 if len(every) >= min_calls else 20
-            if sum(every) >= patience * seconds:
-                enough = len(clean) >= max(min(min_calls, len(every)), len(every) // 4)
-                return summary(clean if enough else every, windows, clean=enough)
-    finally:
-        if collecting:
-            gc.enable()
+
+    def __init__(self, call: Callable[[int], object], *, seconds: float, min_calls: int = 3) -> None:
+        self._call, self._seconds, self._min_calls = call, seconds, min_calls
+        self._calls = 0
+        self._windows: list[tuple[list[float], Usage]] = []
+
+    @property
+    def windows(self) -> int:
+        """How many there were."""
+        return len(self._windows)
+
+    @property
+    def done(self) -> bool:
+        """Whether another window would add nothing."""
+        if self._is_clean():
+            return True
+        every = self._times()
+        patience = 2 if len(every) >= self._min_calls else 20
+        return bool(every) and sum(every) >= patience * self._seconds
+
+    def take_window(self) -> None:
+        """Warms up, then times calls for a tenth of a second, at least one."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._warm_up()
+            self._windows.append(self._timed_calls())
+        finally:
+            if collecting:
+                gc.enable()
+
+    def timing(self) -> Timing:
+        """What all windows so far say."""
+        every, clean = self._times(), self._times(clean=True)
+        enough = self._is_clean() or len(clean) >= max(min(self._min_calls, len(every)), len(every) // 4)
+        return summary(clean if enough else every, self._windows, clean=enough)
+
+    def _times(self, *, clean: bool = False) -> list[float]:
+        return [t for times, usage in self._windows for t in times if usage.clean() or not clean]
+
+    def _is_clean(self) -> bool:
+        clean = self._times(clean=True)
+        return len(clean) >= self._min_calls and sum(clean) >= self._seconds
+
+    def _warm_up(self) -> None:
+        """10 ms of calls; none before later windows of slower calls, to which cold caches mean little."""
+        end = time.perf_counter() + _WARM_UP
+        slow = bool(self._windows) and self._windows[-1][0][-1] > _WARM_UP
+        while self._calls == 0 or (not slow and time.perf_counter() < end):
+            self._call(self._calls)
+            self._calls += 1
+
+    def _timed_calls(self) -> tuple[list[float], Usage]:
+        times: list[float] = []
+        watch = Stopwatch()
+        start = now = time.perf_counter()
+        while not times or now - start < _WINDOW:
+            self._call(self._calls)
+            self._calls += 1
+            before, now = now, time.perf_counter()
+            times.append(now - before)
+        return times, watch.usage()
 
 
-def _warm_up(call: Callable[[int], object]) -> int:
-    """At least one call and 10 ms; the number of calls."""
-    done, end = 0, time.perf_counter() + 0.01
-    while done == 0 or time.perf_counter() < end:
-        call(done)
-        done += 1
-    return done
-
-
-def _window(call: Callable[[int], object], first: int) -> tuple[list[float], Usage]:
-    times: list[float] = []
-    watch = Stopwatch()
-    start = now = time.perf_counter()
-    while not times or now - start < _WINDOW:
-        call(first + len(times))
-        before, now = now, time.perf_counter()
-        times.append(now - before)
-    return times, watch.usage()
+def measure(call: Callable[[int], object], *, seconds: float, min_calls: int = 3) -> Timing:
+    """The timing of one `Measurement`, with nobody else's turns between its windows."""
+    measurement = Measurement(call, seconds=seconds, min_calls=min_calls)
+    while not measurement.done:
+        measurement.take_window()
+    return measurement.timing()
 
 
 def summary(times: list[float], windows: list[tuple[list[float], Usage]], *, clean: bool) -> Timing:
