@@ -277,6 +277,7 @@ class LayerRun:
         """Adds what each contender reached, and what the machine allowed before, between and after its turns."""
         errors: dict[str, float] = {}
         waiting: dict[str, Measurement] = {}
+        done: dict[str, report.Row] = {}
         for name, runner in runners.items():
             with self._turn(name, cell, result):
                 errors[name] = self._error(name, runner, cell)
@@ -292,8 +293,8 @@ class LayerRun:
                     del waiting[name]
             limits.append(self._limits_now(work))
             for name in [name for name, measurement in waiting.items() if measurement.done]:
-                timing = waiting.pop(name).timing()
-                row["contenders"][name] = judge(timing, work, limits, errors[name], self._dtype)
+                done[name] = judge(waiting.pop(name).timing(), work, limits, errors[name], self._dtype)
+        row["contenders"] |= {name: done[name] for name in runners if name in done}
 
     @contextmanager
     def _turn(self, name: str, cell: Cell, result: report.Row) -> Iterator[None]:
