@@ -14,7 +14,7 @@ PASS_NAMES = {"forward": "forward", "forward+backward": "fwd+bwd"}
 LEGEND = """\
 T tokens; rows = rows per hit expert; ms = median of many calls (min: the fastest); GF/s = useful arithmetic;
 roof = shortest possible time in ms, c compute- or m memory-bound: max(flops / peak, bytes of hit experts /
-bandwidth), both probed right before and after, the bandwidth on a buffer of the same size;
+bandwidth), both probed before, between and after the turns, the bandwidth on a buffer of the same size;
 share = roof / ms; own = the same with the peak of the running target's vectors; x = times as long as numoe;
 error = largest difference from float64 over the largest value, of y and of the gradients.
 ~ others used the CPUs meanwhile; % that limit moved by more than 15 % meanwhile; ! result is not float64's."""
