@@ -109,6 +109,30 @@ class Admission {
   std::vector<Index> free_;  // (E,)
 };
 
+// The rows of each token, ascending.
+class RowsOfTokens {
+ public:
+  RowsOfTokens(std::span<const std::int32_t> row_token, Index num_tokens)
+      : end_(static_cast<std::size_t>(num_tokens) + 1), rows_(row_token.size()) {
+    for (const std::int32_t token : row_token) ++end_[static_cast<std::size_t>(token) + 1];
+    std::partial_sum(end_.begin(), end_.end(), end_.begin());
+    // Each row goes to where its token's next one belongs, so that the start of a token becomes its end.
+    std::int32_t row = 0;
+    for (const std::int32_t token : row_token) {
+      rows_[static_cast<std::size_t>(end_[static_cast<std::size_t>(token)]++)] = row++;
+    }
+  }
+  std::span<const std::int32_t> operator[](Index token) const {
+    const auto t = static_cast<std::size_t>(token);
+    const std::int32_t begin = t == 0 ? 0 : end_[t - 1];
+    return std::span(rows_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end_[t] - begin));
+  }
+
+ private:
+  std::vector<std::int32_t> end_;  // (T+1,) rows of the tokens up to each; they fit 32 bits, as T * K does
+  std::vector<std::int32_t> rows_;
+};
+
 [[noreturn]] void throw_out_of_range(Index t, Index k, Index expert, Index num_experts) {
   throw std::out_of_range("indices[" + std::to_string(t) + ", " + std::to_string(k) + "] = " + std::to_string(expert) +
                           " is out of range for num_experts = " + std::to_string(num_experts) +
@@ -194,18 +218,31 @@ void renormalize_kept_backward(MatrixView<const T> weights, MatrixView<const std
 }
 
 template <class T>
-void combine(MatrixView<const T> rows, const DispatchView& dispatch, MatrixView<const T> weights, MatrixView<T> y) {
-  // A task owns its columns: it adds all rows to them, in ascending order.
-  const Index cols_per_task = std::max<Index>(64, numbers_per_task / std::max<Index>(1, dispatch.num_rows() + y.rows));
-  parallel_ranges(y.cols, cols_per_task, [&](Index col, Index col_end) {
-    const Index cols = col_end - col;
-    for (Index t = 0; t < y.rows; ++t) std::fill_n(y.row(t) + col, cols, T(0));
-    for (Index r = 0; r < dispatch.num_rows(); ++r) {
-      const T weight = weights ? weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]] : T(1);
-      const Index token = dispatch.row_token[static_cast<std::size_t>(r)];
-      kernels<T>().axpy(cols, weight, rows.row(r) + col, y.row(token) + col);
+void add_to_tokens(MatrixView<const T> rows, const DispatchView& dispatch, Index first, const T* weights,
+                   MatrixView<T> y) {
+  const auto tokens = dispatch.row_token.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows.rows));
+  const RowsOfTokens rows_of(tokens, y.rows);
+  const Index numbers = y.cols * (rows.rows / std::max<Index>(1, y.rows) + 1);  // of a token and its rows
+  const Index tokens_per_task = std::max<Index>(1, numbers_per_task / std::max<Index>(1, numbers));
+  parallel_ranges(y.rows, tokens_per_task, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {  // whose sum stays in a cache while its rows come
+      for (const std::int32_t r : rows_of[t]) {
+        kernels<T>().axpy(y.cols, weights ? weights[first + r] : T(1), rows.row(r), y.row(t));
+      }
     }
   });
+}
+
+template <class T>
+void combine(MatrixView<const T> rows, const DispatchView& dispatch, MatrixView<const T> weights, MatrixView<T> y) {
+  Buffer<T> weights_of_rows(weights ? dispatch.num_rows() : 0);
+  for (Index r = 0; r < weights_of_rows.size(); ++r) {
+    weights_of_rows[r] = weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]];
+  }
+  parallel_ranges(y.rows, 256, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, T(0));
+  });
+  add_to_tokens(rows, dispatch, 0, weights_of_rows.data(), y);
 }
 
 template <class T>
@@ -231,6 +268,7 @@ void combine_backward(MatrixView<const T> dy, MatrixView<const T> rows, const Di
   template void renormalize_kept(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<T>);               \
   template void renormalize_kept_backward(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<const T>, \
                                           MatrixView<T>);                                                              \
+  template void add_to_tokens(MatrixView<const T>, const DispatchView&, Index, const T*, MatrixView<T>);               \
   template void combine(MatrixView<const T>, const DispatchView&, MatrixView<const T>, MatrixView<T>);                 \
   template void combine_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&, MatrixView<const T>,   \
                                  MatrixView<T>, MatrixView<T>);

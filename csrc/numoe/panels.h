@@ -433,17 +433,18 @@ class RowMajorPairs {
 
 // ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// c [rows][W] = rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
+// c [rows][W] = rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range, and rows are c_stride
+// numbers apart.
 //
 // Arguments are changed field by field: a struct that is written in parts and copied as a whole would wait for every
 // store before it, streamed ones included.
 template <class T, class S>
-void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, T* c) {
+void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, T* c,
+                    Index c_stride) {
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
-  const Index width = kernel.tile_cols;
-  TileArgs<T> wide{.c_stride = width};
-  TileArgs<T, bfloat16> narrow{.c_stride = width};
+  TileArgs<T> wide{.c_stride = c_stride};
+  TileArgs<T, bfloat16> narrow{.c_stride = c_stride};
   const Index most_depth = source.block_depth(rows.tiles.height(range.begin));
   for (Index k = 0; k < rows.depth; k += most_depth) {
     const Index depth = std::min(most_depth, rows.depth - k);
@@ -456,7 +457,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       const char* share = static_cast<const char*>(shares.first.at);
       for (Index i = range.begin; i < range.end; ++i, share += shares.bytes) {
         args.a = rows.tile(i, k);
-        args.c = c + (rows.tiles.begin(i) - first) * width;
+        args.c = c + (rows.tiles.begin(i) - first) * c_stride;
         args.ahead.at = share;
         tile(rows.tiles.height(i), args);
       }
@@ -535,7 +536,7 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
     panels.source->multiply_together(rows, range, panels.begin, panels.count, c);
   } else {
     for (Index p = 0; p < panels.count; ++p) {
-      multiply_panel(rows, range, *panels.source, panels.begin + p, c + p * size);
+      multiply_panel(rows, range, *panels.source, panels.begin + p, c + p * size, width);
     }
   }
 }
@@ -550,9 +551,10 @@ void for_passes(const RowTiles& row_tiles, Body body) {
 }
 
 // use(row, col, sums) for every panel of rows · source, `cols` columns: `sums` are those of rows [row, ..) and columns
-// [col, ..).
+// [col, ..).  If there is a `result`, they lie where they belong in it, or in scratch where only that is fast.
 template <class T, class Source, class Use>
-void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use use) {
+void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, MatrixView<T> result, Use use) {
+  constexpr bool packed = !requires { &Source::in_place; };  // sums are written once for some hundred k's
   const Index width = kernels<T>().tile_cols;
   auto stage = source.stage();
   for_passes(rows.tiles, [&](TileRange pass) {
@@ -561,6 +563,14 @@ void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, Use
     const bool again = pass.end < rows.tiles.count();
     T* sums = scratch<T, Slot::sums>(at_once * height * width);
     for (Index j = 0; j * width < cols; j += at_once) {
+      if constexpr (packed) {
+        if (result && at_once == 1 && (j + 1) * width <= cols) {
+          const MatrixView<T> here{result.row(row) + j * width, height, width, result.stride};
+          multiply_panel(rows, pass, source, j, here.data, here.stride);
+          use(row, j * width, here);
+          continue;
+        }
+      }
       multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again),
                       sums);
       for (Index p = 0; p < at_once && (j + p) * width < cols; ++p) {

@@ -132,14 +132,20 @@ class Pipeline {
     }
   }
 
-  // Brings a block of expert e, whose first number is that of `row` and `col`, to where it belongs.
+  // Columns [col, col + cols) of expert e's rows at the destination, if it has rows of their own.
+  MatrixView<T> place(const Destination<T>& to, Index e, Index col, Index cols) const {
+    if (!to.rows) return {};
+    return {to.rows.row(dispatch_.begin(e)) + col, dispatch_.rows(e), cols, to.rows.stride};
+  }
+  // Brings a block of expert e, whose first number is that of `row` and `col`, to where it belongs, unless it is there.
   void deliver(const Destination<T>& to, Index e, Index row, Index col, MatrixView<const T> block) const {
     const Index first = dispatch_.begin(e) + row;
     if (to.sums) {
       kernel_.add_rows(block.rows, block.cols, to.weights ? to.weights + first : nullptr, block.data, block.stride,
                        tokens(e) + row, to.sums.data + col, to.sums.stride);
     }
-    for (Index r = 0; to.rows && r < block.rows; ++r) copy_run(block.row(r), block.cols, to.rows.row(first + r) + col);
+    if (!to.rows || to.rows.row(first) + col == block.data) return;
+    for (Index r = 0; r < block.rows; ++r) copy_run(block.row(r), block.cols, to.rows.row(first + r) + col);
   }
 
   // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.
@@ -182,24 +188,20 @@ class Pipeline {
                   Work work) const {
     Destination<T> rows_of_experts = to;
     rows_of_experts.sums = {};
-    Workspace<T, Slot::rows_of_experts> rows(to.rows ? 0 : rows_of(range) * D_);
+    const Index pitch = staged_pitch<T>(D_), size = rows_of(range) * pitch;
+    Workspace<T, Slot::rows_of_experts> rows(to.rows ? 0 : size);
     if (!to.rows) {
-      touch_pages(rows.data(), rows_of(range) * D_);
-      rows_of_experts.rows = {rows.data() - dispatch_.begin(range.begin) * D_, dispatch_.num_rows(), D_, D_};
+      touch_pages(rows.data(), size);
+      rows_of_experts.rows = {rows.data() - dispatch_.begin(range.begin) * pitch, dispatch_.num_rows(), D_, pitch};
     }
     parallel_for(static_cast<Index>(experts.size()), [&](Index i) {
       const Index e = experts[static_cast<std::size_t>(i)];
       work(ExpertRange{e, e + 1, 1}, rows_of_experts);
     });
-    if (to.sums) add_up(range, rows_of_experts.rows, to);
-  }
-  void add_up(const ExpertRange& range, MatrixView<const T> rows, const Destination<T>& to) const {
-    const Index block = column_block(1, D_, W_, range.threads, 1);
-    parallel_for((D_ + block - 1) / block, [&](Index task) {
-      const Index col = task * block, cols = std::min(block, D_ - col), first = dispatch_.begin(range.begin);
-      deliver({.sums = to.sums, .weights = to.weights}, range.begin, 0, col,
-              {rows.row(first) + col, rows_of(range), cols, rows.stride});
-    });
+    if (!to.sums) return;
+    const Index first = dispatch_.begin(range.begin);
+    add_to_tokens<T>(rows_of_experts.rows.row_range(first, first + rows_of(range)), dispatch_, first, to.weights,
+                     to.sums);
   }
 
  protected:

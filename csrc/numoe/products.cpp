@@ -77,13 +77,13 @@ void ProductProbe::multiply_packed(const float* matrix) const {
   const PackedRows<float> rows{left_.data(), tiles(), depth, row_size<float>(depth_, pairs_)};
   const float* const end = matrices_.data() + matrices_.size();
   const PackedPanels<float, float> panels{matrix, depth * width(), num_panels(cols_, width()), end, true, pairs_};
-  for_panels(rows, panels, cols_, nobody_uses);
+  for_panels(rows, panels, cols_, {}, nobody_uses);
 }
 
 void ProductProbe::multiply_row_major(const float* matrix) const {
   const PackedRows<float> rows{left_.data(), tiles(), depth_of(depth_, pairs_), row_size<float>(depth_, pairs_)};
-  if (pairs_) return for_panels(rows, RowMajorPairs<float>(narrow(matrix), 0, cols_), cols_, nobody_uses);
-  for_panels(rows, RowMajor<float, float>({matrix, depth_, cols_, cols_}, 0, cols_), cols_, nobody_uses);
+  if (pairs_) return for_panels(rows, RowMajorPairs<float>(narrow(matrix), 0, cols_), cols_, {}, nobody_uses);
+  for_panels(rows, RowMajor<float, float>({matrix, depth_, cols_, cols_}, 0, cols_), cols_, {}, nobody_uses);
 }
 
 void ProductProbe::multiply_transposed(const float* matrix) const {
