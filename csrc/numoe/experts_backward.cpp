@@ -147,9 +147,9 @@ class Backward : Pipeline<Compute<S>> {
         [&](Index e, Index piece) {
           const Index col = piece * block, cols = std::min(block, F_ - col);
           const Term down{token_panels(dout.data(), range, e, D_), w_.down[e].row_range(col, col + cols)};
-          for_transposed({down}, [&](Index row, Index panel_col, MatrixView<T> sums) {
-            T* target = dh + start(range, e, F_) + row * F_ + col + panel_col;
-            for (Index r = 0; r < sums.rows; ++r) copy_run(sums.row(r), sums.cols, target + r * F_);
+          const MatrixView<T> result{dh + start(range, e, F_) + col, dispatch_.rows(e), cols, F_};
+          for_transposed({down}, result, [&](Index row, Index panel_col, MatrixView<const T> sums) {
+            copy_rows(sums, result.from(row, panel_col));
           });
         });
   }
@@ -299,13 +299,14 @@ class Backward : Pipeline<Compute<S>> {
   void up_backward_columns(Index e, Index col, Index cols, const TokenPanels<T>& dgate, const TokenPanels<T>& dup,
                            const Destination<T>& to) {
     const Term up{dup, w_.up[e].row_range(col, col + cols)};
+    const MatrixView<T> result = this->place(to, e, col);
     const auto use = [&](Index row, Index panel_col, MatrixView<T> sums) {
       this->deliver(to, e, row, col + panel_col, sums);
     };
     if (w_.glu()) {
-      for_transposed({up, Term{dgate, w_.gate[e].row_range(col, col + cols)}}, use);
+      for_transposed({up, Term{dgate, w_.gate[e].row_range(col, col + cols)}}, result, use);
     } else {
-      for_transposed({up}, use);
+      for_transposed({up}, result, use);
     }
   }
 

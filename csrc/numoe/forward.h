@@ -209,7 +209,7 @@ class Forward : Pipeline<T> {
 
   void down_columns(Index e, Index col, Index cols, const PackedRows<T>& hidden, const Destination<T>& to) const {
     const auto down = matrices_.down(e, col, cols);
-    for_panels(hidden, down, cols, this->place(to, e, col, cols), [&](Index row, Index panel_col, MatrixView<T> sums) {
+    for_panels(hidden, down, cols, this->place(to, e, col), [&](Index row, Index panel_col, MatrixView<T> sums) {
       if (bias_.down) add_bias(bias_.down.row(e) + col + panel_col, sums.cols, sums.rows, sums.data, sums.stride);
       this->deliver(to, e, row, col + panel_col, sums);
     });

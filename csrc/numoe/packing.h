@@ -92,6 +92,13 @@ void copy_run(const T* source, Index n, T* target) {
   std::memcpy(target + n - piece, source + n - piece, 16);
 }
 
+// Rows to other rows of as many numbers, unless they are the same.
+template <class T>
+void copy_rows(MatrixView<const T> from, MatrixView<T> to) {
+  if (from.data == to.data) return;
+  for (Index r = 0; r < from.rows; ++r) copy_run(from.row(r), from.cols, to.row(r));
+}
+
 // Row tile [row, row + height) of a, all `depth` columns → [depth][height].
 template <class T>
 void pack_tile(const Operand<T>& a, Index row, Index height, Index depth, T* packed) {

@@ -132,10 +132,9 @@ class Pipeline {
     }
   }
 
-  // Columns [col, col + cols) of expert e's rows at the destination, if it has rows of their own.
-  MatrixView<T> place(const Destination<T>& to, Index e, Index col, Index cols) const {
-    if (!to.rows) return {};
-    return {to.rows.row(dispatch_.begin(e)) + col, dispatch_.rows(e), cols, to.rows.stride};
+  // Columns from `col` on of expert e's rows at the destination, if it has rows of their own.
+  MatrixView<T> place(const Destination<T>& to, Index e, Index col) const {
+    return to.rows ? to.rows.from(dispatch_.begin(e), col) : MatrixView<T>{};
   }
   // Brings a block of expert e, whose first number is that of `row` and `col`, to where it belongs, unless it is there.
   void deliver(const Destination<T>& to, Index e, Index row, Index col, MatrixView<const T> block) const {
@@ -144,8 +143,7 @@ class Pipeline {
       kernel_.add_rows(block.rows, block.cols, to.weights ? to.weights + first : nullptr, block.data, block.stride,
                        tokens(e) + row, to.sums.data + col, to.sums.stride);
     }
-    if (!to.rows || to.rows.row(first) + col == block.data) return;
-    for (Index r = 0; r < block.rows; ++r) copy_run(block.row(r), block.cols, to.rows.row(first + r) + col);
+    if (to.rows) copy_rows(block, to.rows.from(first, col));
   }
 
   // body(expert, piece) for every piece of every expert with rows; pieces(e) pieces each.

@@ -88,8 +88,8 @@ void ProductProbe::multiply_row_major(const float* matrix) const {
 
 void ProductProbe::multiply_transposed(const float* matrix) const {
   const TokenPanels<float> rows{left_.data(), rows_, depth_of(cols_, pairs_)};
-  if (pairs_) return for_transposed({TransposedTerm<float, bfloat16, true>{rows, narrow(matrix)}}, nobody_uses);
-  for_transposed({TransposedTerm<float, float, false>{rows, {matrix, depth_, cols_, cols_}}}, nobody_uses);
+  if (pairs_) return for_transposed({TransposedTerm<float, bfloat16, true>{rows, narrow(matrix)}}, {}, nobody_uses);
+  for_transposed({TransposedTerm<float, float, false>{rows, {matrix, depth_, cols_, cols_}}}, {}, nobody_uses);
 }
 
 void ProductProbe::multiply_outer(float* matrix) const {

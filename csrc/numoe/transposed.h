@@ -104,17 +104,17 @@ Index rows_in_cache(Index depth) {
   return std::max<Index>(2, cache / (depth * width * static_cast<Index>(sizeof(T)))) * width;
 }
 
-// use(row, col, sums) for all of Σ rows · matrixᵀ: `sums` are those of rows [row, ..) and at most W columns [col, ..).  All
-// terms have the same rows of tokens and columns.
+// use(row, col, sums) for all of Σ rows · matrixᵀ: `sums` are those of rows [row, ..) and at most W columns [col, ..), where
+// they belong in the `result`, if there is one and they are W columns.  All terms have the same rows of tokens and columns.
 template <class T, class S, bool pairs, class Use>
-void for_transposed(std::initializer_list<TransposedTerm<T, S, pairs>> terms, Use use) {
+void for_transposed(std::initializer_list<TransposedTerm<T, S, pairs>> terms, MatrixView<T> result, Use use) {
   constexpr Index cols_at_once = 96, most_rows = 256;  // whose sums fit a cache
   const Index width = kernels<T>().tile_cols, least = habits().half_vectors ? 1 : width / 2;
   const Index part = std::max(unpacked_kernels<T, pairs>().unpacked_part, least);
   const Index cols = terms.begin()->matrix.rows, rows = terms.begin()->rows.rows;
   const Index rows_at_once = std::min(most_rows, rows_in_cache<T>(terms.begin()->rows.depth));
   T* sums = scratch<T, Slot::sums>(rows_at_once * (cols_at_once + width));
-  T* result = sums + rows_at_once * cols_at_once;
+  T* const elsewhere = sums + rows_at_once * cols_at_once;
   for (Index row = 0; row < rows; row += rows_at_once) {
     const Index rows_here = std::min(rows_at_once, rows - row), panels = num_panels(rows_here, width);
     const Index last = num_panels((rows_here - 1) % width + 1, part) * part;
@@ -127,13 +127,15 @@ void for_transposed(std::initializer_list<TransposedTerm<T, S, pairs>> terms, Us
       }
       for (Index j = 0; j < cols_here; j += width) {
         const Index valid = std::min(width, cols_here - j);
+        MatrixView<T> here{elsewhere, rows_here, valid, width};
+        if (result && valid == width) here = {result.row(row) + col + j, rows_here, width, result.stride};
         for (Index p = 0; p < panels; ++p) {
           const T* columns[max_tile_cols];
           for (Index i = 0; i < valid; ++i) columns[i] = sums + (p * cols_here + j + i) * width;
-          const Index here = std::min(width, rows_here - p * width);
-          kernels<T>().transpose(here, valid, columns, result + p * width * width, width);
+          const Index rows_of_panel = std::min(width, rows_here - p * width);
+          kernels<T>().transpose(rows_of_panel, valid, columns, here.row(p * width), here.stride);
         }
-        use(row, col + j, MatrixView<T>{result, rows_here, valid, width});
+        use(row, col + j, here);
       }
     }
   }
