@@ -72,7 +72,10 @@ class Forward : Pipeline<T> {
           const ExpertOptions& options, bool combined, const Weights& matrices, ExpertBiases<T> bias)
       : Base(x, dispatch, weights, d_model, d_ff, options, combined, Weights::pairs),
         matrices_(matrices),
-        bias_(bias) {}
+        bias_(bias),
+        rounded_(round_inputs_once() ? x.rows * packed_size(D_) : 0) {
+    if (round_inputs_once()) round_inputs();
+  }
 
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
     if (combined_) clear(result);
@@ -94,7 +97,7 @@ class Forward : Pipeline<T> {
   // hidden = act(gate) * up, stored as row tiles for the next product; either may be absent
   void up(const ExpertRange& range, ExpertCache<T> cache, T* hidden) const {
     Workspace<T, Slot::inputs> inputs(rows_of(range) * packed_size(D_));
-    this->pack_rows(range, [&](Index e) { return this->inputs(e); }, D_, inputs.data());
+    pack_inputs(range, inputs.data());
     const Index block =
         Weights::in_rows ? this->long_columns_per_task(2 * D_, F_, range) : this->columns_per_task(2 * D_, F_, range);
     this->for_pieces(
@@ -108,7 +111,33 @@ class Forward : Pipeline<T> {
 
  private:
   using Base::combined_, Base::dispatch_, Base::D_, Base::F_, Base::W_, Base::kernel_, Base::options_;
-  using Base::packed_size, Base::row_weight_, Base::rows_of, Base::start, Base::tiles, Base::tokens;
+  using Base::packed_size, Base::row_weight_, Base::rows_of, Base::start, Base::tiles, Base::tokens, Base::x_;
+
+  // Whether rows of x become pairs before they are packed, because several experts take each of them.
+  bool round_inputs_once() const {
+    constexpr Index most_bytes = Index{64} << 20;
+    return Weights::pairs && !this->weight_on(WeightOn::input) && dispatch_.num_rows() > x_.rows &&
+           x_.rows * packed_size(D_) * static_cast<Index>(sizeof(T)) <= most_bytes;
+  }
+  void round_inputs() {
+    const Operand<T> x = operand(x_);
+    const Index size = packed_size(D_);
+    parallel_ranges(x_.rows, 64, [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) round_row(x, t, D_, size, rounded_.data() + t * size);
+    });
+  }
+  void pack_inputs(const ExpertRange& range, T* packed) const {
+    const Index size = packed_size(D_);
+    this->pack_rows(range, size, packed, [&](Index e, Index row, Index height, T* target) {
+      if (round_inputs_once()) {
+        pack_tile_of_pairs<T>({rounded_.data(), size, 1, tokens(e)}, row, height, size, target);
+      } else if (Weights::pairs) {
+        pack_rounded_tile(this->inputs(e), row, height, D_, target);
+      } else {
+        pack_tile(this->inputs(e), row, height, D_, target);
+      }
+    });
+  }
 
   // Expert e's rows of `depth` numbers, in a buffer for the experts of `range`.
   PackedRows<T> packed_rows(const T* buffer, const ExpertRange& range, Index e, Index depth) const {
@@ -217,6 +246,7 @@ class Forward : Pipeline<T> {
 
   Weights matrices_;
   ExpertBiases<T> bias_;
+  Workspace<T, Slot::rounded> rounded_;  // x as pairs (T, packed_size(D)), or nothing
 };
 
 }  // namespace numoe

@@ -201,6 +201,7 @@ enum class Slot {
   passing,  // what is on its way to a product: zipped, widened, packed
   stage,    // see Stage
   // of a call: Workspace
+  rounded,
   inputs,
   hidden,
   gate_again,
@@ -248,6 +249,7 @@ class Workspace {
     if (buffer_.size() * static_cast<Index>(sizeof(T)) <= kept_bytes) kept_buffer<T, slot>() = std::move(buffer_);
   }
   T* data() { return buffer_.data(); }
+  const T* data() const { return buffer_.data(); }
 
  private:
   Buffer<T> buffer_;
@@ -279,17 +281,29 @@ void pack_pairs(const T* const* rows, Index height, Index size, T* packed) {
   }
 }
 
-// Rows [row, row + count) of a, `depth` numbers that lie together, rounded → `size` pairs each, padded with zeros, in this
-// task's scratch.
+// A row of a, `depth` numbers that lie together, rounded → `size` pairs, padded with zeros.
+template <class T>
+void round_row(const Operand<T>& a, Index row, Index depth, Index size, T* pairs) {
+  kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row] : T(1), a.row(row), pairs);
+  const Index used = depth_of(depth, true);
+  std::fill_n(pairs + used, size - used, T(0));
+}
+// Rows [row, row + count) of it, in this task's scratch.
 template <class T>
 void round_rows(const Operand<T>& a, Index row, Index count, Index depth, Index size, const T** rows) {
-  const Index pairs = depth_of(depth, true);
   T* rounded = scratch<T, Slot::panel>(count * size);
   for (Index r = 0; r < count; ++r, rounded += size) {
-    kernels<T>().pairs.round(depth, a.row_scale ? a.row_scale[row + r] : T(1), a.row(row + r), rounded);
-    std::fill_n(rounded + pairs, size - pairs, T(0));
+    round_row(a, row + r, depth, size, rounded);
     rows[r] = rounded;
   }
+}
+
+// Row tile [row, row + height) of a, whose rows are `size` pairs already → a tile's a.
+template <class T>
+void pack_tile_of_pairs(const Operand<T>& a, Index row, Index height, Index size, T* packed) {
+  const T* rows[max_tile_rows];
+  for (Index r = 0; r < height; ++r) rows[r] = a.row(row + r);
+  pack_pairs(rows, height, size, packed);
 }
 
 // Row tile [row, row + height) of a, rounded to bfloat16 → a tile's a.

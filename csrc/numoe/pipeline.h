@@ -162,19 +162,17 @@ class Pipeline {
     });
   }
 
-  // Packs `rows(e)` (one operand row per dispatched row, `depth` columns) as row tiles.
-  template <class Rows>
-  void pack_rows(const ExpertRange& range, Rows rows, Index depth, T* packed) const {
+  // pack(expert, row, height, target) for all row tiles of the range, whose rows are `size` numbers each once they are packed.
+  template <class Pack>
+  void pack_rows(const ExpertRange& range, Index size, T* packed, Pack pack) const {
     constexpr Index tiles_per_task = 2;
-    const Index size = packed_size(depth);
-    const auto pack = pairs_ ? pack_rounded_tile<T> : pack_tile<T>;
     for_pieces(
         range, [&](Index e) { return (tiles(e).count() + tiles_per_task - 1) / tiles_per_task; },
         [&](Index e, Index piece) {
           const RowTiles t = tiles(e);
           const Index last = std::min(t.count(), (piece + 1) * tiles_per_task);
           for (Index i = piece * tiles_per_task; i < last; ++i) {
-            pack(rows(e), t.begin(i), t.height(i), depth, packed + start(range, e, size) + t.begin(i) * size);
+            pack(e, t.begin(i), t.height(i), packed + start(range, e, size) + t.begin(i) * size);
           }
         });
   }
