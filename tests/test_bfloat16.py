@@ -12,6 +12,7 @@ import numpy as np
 import pairs
 import pytest
 import safetensors.numpy
+from numoe._arrays import FLOAT32, converted
 from numoe.testing import assert_bitwise_equal, assert_close, random_problem
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -35,6 +36,25 @@ def twins(tokens: int = 40, **options: Any) -> tuple[numoe.MoELayer, numoe.MoELa
         narrow.params[name][...] = value
         wide.params[name][...] = value.astype(np.float32)
     return narrow, wide, problem
+
+
+def test_numbers_are_converted_as_by_ml_dtypes(rng: np.random.Generator) -> None:
+    """Every bfloat16 number, and float32 numbers at and around every boundary between two of them."""
+    every = np.arange(2**16, dtype=np.uint32)
+    wide = (every << 16).view(np.float32)
+    narrow = every.astype(np.uint16).view(BF16)
+    np.testing.assert_array_equal(converted(narrow, FLOAT32).view(np.uint32), every << 16)
+    ends = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    bits = np.append((every[:, None] << 16 | ends).ravel(), rng.integers(2**32, size=100_003, dtype=np.uint32))
+    x = bits.view(np.float32)
+    nan = np.isnan(x)
+    found = converted(x, BF16)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(found[~nan].view(np.uint16), x[~nan].astype(BF16).view(np.uint16))
+    assert np.isnan(found[nan]).all()
+    strided = wide[::-3][~np.isnan(wide[::-3])][::2]
+    np.testing.assert_array_equal(converted(strided, BF16).astype(np.float32), strided)
+    assert converted(np.zeros((0, 3), BF16), FLOAT32).shape == (0, 3)
 
 
 @pytest.mark.skipif(pairs.USED, reason="this target rounds both factors")

@@ -11,6 +11,7 @@
 
 namespace numoe::bindings {
 
+void bind_bfloat16(py::module_& m);
 void bind_router(py::module_& m);
 void bind_dispatch(py::module_& m);
 void bind_experts(py::module_& m);
@@ -79,6 +80,7 @@ py::object start_threads() {
 PYBIND11_MODULE(_core, m) {
   using namespace numoe;
   kernel_table();  // an unknown NUMOE_TARGET fails here, with its sentence, and not in the middle of a run
+  bindings::bind_bfloat16(m);
   bindings::bind_router(m);
   bindings::bind_dispatch(m);
   bindings::bind_experts(m);

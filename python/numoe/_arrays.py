@@ -24,6 +24,7 @@ FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 INT32: np.dtype[Any] = np.dtype(np.int32)
+_OTHER_FLOATS = (BFLOAT16, np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _PARTS = {"MoEOutput": "out.y", "Routing": "routing.weights", "MoEGrads": "grads.x"}  # what was meant, most likely
 
 
@@ -51,7 +52,7 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
         kind = type(x).__name__
         what = f"one of its arrays, e.g. {_PARTS[kind]}" if kind in _PARTS else "an array of numbers"
         raise TypeError(f"{name} is a {kind}; pass {what}.")
-    if array.dtype.kind != "f" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+    if array.dtype.kind != "f" and array.dtype not in _OTHER_FLOATS:
         raise TypeError(
             f"{name} has dtype {array.dtype}; pass float32 or float64, e.g. np.asarray({name}, dtype=np.float32)."
         )
@@ -66,6 +67,25 @@ def as_float(x: Any, name: str, dtype: Any = None, ndim: int | None = None) -> F
 def as_bits(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """bfloat16 numbers as the core takes them: their bits, not a copy."""
     return x.view(np.uint16)
+
+
+def converted(array: npt.NDArray[Any], dtype: np.dtype[Any]) -> FloatArray:
+    """The same numbers, rounded where they must be; between float32 and bfloat16 by all threads."""
+    before = array.dtype
+    if before == dtype:
+        return array
+    if before == BFLOAT16 and dtype == FLOAT32:
+        return _core.widened(as_bits(_in_order(array)))
+    if before == FLOAT32 and dtype == BFLOAT16:
+        return _core.rounded(_in_order(array)).view(dtype)
+    with np.errstate(all="ignore"):
+        return array.astype(dtype)
+
+
+def _in_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """C-contiguous and aligned; a copy only if it must be one."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.require(array, requirements=["C", "A"])
 
 
 def plain_array(x: Any, name: str) -> npt.NDArray[Any]:
@@ -96,15 +116,14 @@ def plain_array(x: Any, name: str) -> npt.NDArray[Any]:
 def _convert(array: npt.NDArray[Any], name: str, dtype: np.dtype[Any]) -> FloatArray:
     if array.dtype != dtype:
         narrower = dtype.itemsize < array.dtype.itemsize
-        with np.errstate(all="ignore"):
-            converted = array.astype(dtype)
-        if narrower and bool(np.any(np.isinf(converted) & np.isfinite(array))):
+        result = converted(array, dtype)
+        if narrower and bool(np.any(np.isinf(result) & np.isfinite(array))):
             raise ValueError(
                 f"{name} holds {array.dtype} values beyond the range of {dtype} (largest magnitude "
                 f"{np.max(np.abs(array[np.isfinite(array)])):.3g}); rescale it or use a {array.dtype} layer."
             )
-        array = converted
-    return np.require(array, requirements=["C", "A"])
+        array = result
+    return _in_order(array)
 
 
 def line_aligned(array: npt.NDArray[Any], dtype: np.dtype[Any] | None = None) -> npt.NDArray[Any]:

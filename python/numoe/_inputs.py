@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask, plain_array
+from numoe._arrays import BoolArray, FloatArray, IntArray, as_float, as_indices, as_mask, converted, plain_array
 from numoe.config import MoEConfig
 from numoe.routing import Routing
 
@@ -21,8 +21,7 @@ def tokens_of(x: Any, mask: Any, config: MoEConfig) -> tuple[FloatArray, tuple[i
     if not shape or shape[-1] != width:
         raise ValueError(f"x must have shape (..., d_model) = (..., {width}); got {shape}.")
     tokens = array if len(shape) == 2 else array.reshape(math.prod(shape[:-1]), width)
-    if config.array_dtype != config.compute_dtype:
-        tokens = tokens.astype(config.compute_dtype)
+    tokens = converted(tokens, config.compute_dtype)
     if mask is None:
         return tokens, shape, None
     valid = as_mask(mask, len(tokens), shape[:-1])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numoe import _core, losses
-from numoe._arrays import BoolArray, FloatArray, as_float
+from numoe._arrays import BoolArray, FloatArray, as_float, converted
 from numoe.config import ExpertConfig, MoEConfig, RouterConfig, SharedExpertConfig, checked_rng
 from numoe.experts import ExpertCache, expert_options, expert_params, experts_backward, experts_forward
 from numoe.routing import (
@@ -201,7 +201,7 @@ def _run(
 
 def in_shape(tokens: FloatArray, shape: tuple[int, ...], config: MoEConfig) -> FloatArray:
     """The result (T, D) in x's shape and the layer's dtype."""
-    return tokens.astype(config.array_dtype, copy=False).reshape(shape)
+    return converted(tokens, config.array_dtype).reshape(shape)
 
 
 # ── auxiliary losses ─────────────────────────────────────────────────────────────────────────────────────────────────

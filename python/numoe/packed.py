@@ -7,11 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import ml_dtypes
 import numpy as np
 
 from numoe import _core
-from numoe._arrays import FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices
+from numoe._arrays import BFLOAT16, FLOAT32, FLOAT64, FloatArray, as_bits, as_float, as_indices, converted
 from numoe._inputs import check_count
 from numoe.config import MoEConfig, as_dtype
 from numoe.experts import expert_options
@@ -222,11 +221,11 @@ class PackedMoELayer:
 
 def _rounded_like(y: FloatArray, x: Any) -> FloatArray:
     """`y`, as bfloat16 if `x` is."""
-    return y.astype(ml_dtypes.bfloat16) if getattr(x, "dtype", None) == ml_dtypes.bfloat16 else y
+    return converted(y, BFLOAT16) if getattr(x, "dtype", None) == BFLOAT16 else y
 
 
 def _bits_of(params: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    return {name: as_bits(value) if value.dtype == ml_dtypes.bfloat16 else value for name, value in params.items()}
+    return {name: as_bits(value) if value.dtype == BFLOAT16 else value for name, value in params.items()}
 
 
 def _shared_params(layer: MoELayer) -> dict[str, FloatArray] | None:

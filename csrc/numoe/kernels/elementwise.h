@@ -79,6 +79,14 @@ void widen(Index rows, Index n, const bfloat16* narrow, Index stride, float* wid
   }
 }
 
+template <int N>
+void narrow(Index n, const float* wide, bfloat16* narrow) {
+  for_lanes<N>(n, [=](Index i, int count) {
+    const auto half = nearest<N>(load_some<float, N>(wide + i, count));
+    __builtin_memcpy(narrow + i, &half, sizeof *narrow * static_cast<std::size_t>(count));
+  });
+}
+
 template <Activation A, class T, int N>
 void activate_as(Index n, const T* pre, const T* linear, T* h) {
   for_lanes<N>(n, [=](Index i, int count) {
@@ -197,6 +205,7 @@ constexpr Kernels<T> make_kernels() {
                    .pairs = {},
                    .copy_panel = copy_panel<T, N>,
                    .widen = nullptr,
+                   .narrow = nullptr,
                    .widen_panel = nullptr,
                    .transpose = transpose<T, N>,
                    .stream_end = stream_end,
@@ -212,6 +221,7 @@ constexpr Kernels<T> make_kernels() {
     table.broad_tile_bf16 = Tile<T, N, R>::run_broad_bf16;
     table.sweeping_tile_narrow = Tile<T, N, R>::run_sweeping_narrow;
     table.widen = widen<N>;
+    table.narrow = narrow<N>;
     table.widen_panel = widen_panel<N>;
   }
   return table;

@@ -168,6 +168,8 @@ struct Kernels {
   void (*copy_panel)(Index depth, const T* b, Index stride, T* panel);
   // Rows of n bfloat16 numbers in another type.  Absent for double.
   void (*widen)(Index rows, Index n, const bfloat16* narrow, Index stride, T* wide, Index wide_stride);
+  // n numbers rounded to bfloat16: to nearest, ties to even; NaN stays NaN.  Absent for double.
+  void (*narrow)(Index n, const T* wide, bfloat16* narrow);
   // A bfloat16 panel [depth/2][W][2] → the panel [depth][W] of the same numbers.  Absent for double.
   void (*widen_panel)(Index depth, const bfloat16* narrow, T* wide);
   // packed[k * stride + r] = row[r][k] for r < rows, k < depth.  stride = rows: a tile's a.  stride = W: the columns of a

@@ -1,4 +1,4 @@
-// Pairs of bfloat16 in the 32 bits of a float, that of the even k in the lower half: rounding to them, and their dots.
+// bfloat16: rounding to it, and pairs of it in the 32 bits of a float, that of the even k in the lower half.
 #pragma once
 
 #ifdef __AVX512BF16__
@@ -20,16 +20,21 @@ inline Lanes<float, N> flushed(Lanes<float, N> v) {
   return reinterpret<Lanes<float, N>>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
 }
 
-// Rounded to nearest, ties to even, with subnormal numbers as 0; NaN stays NaN (quiet).  VCVTNEPS2BF16.
+// Rounded to nearest, ties to even; NaN stays NaN (quiet).
+template <int N>
+inline Lanes<std::uint16_t, N> nearest(Lanes<float, N> v) {
+  using Word = Lanes<std::uint32_t, N>;
+  const Word bits = reinterpret<Word>(v), upper = bits >> 16;
+  const Word even = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? even : upper | 0x40u, Lanes<std::uint16_t, N>);
+}
+// The same with subnormal numbers as 0: VCVTNEPS2BF16.
 template <int N>
 inline Lanes<std::uint16_t, N> rounded(Lanes<float, N> v) {
 #ifdef __AVX512BF16__
   if constexpr (N == 16) return reinterpret<Lanes<std::uint16_t, N>>(_mm512_cvtneps_pbh(v));
 #endif
-  using Word = Lanes<std::uint32_t, N>;
-  const Word bits = reinterpret<Word>(flushed<N>(v)), upper = bits >> 16;
-  const Word even = (bits + 0x7fffu + (upper & 1u)) >> 16;
-  return __builtin_convertvector(v == v ? even : upper | 0x40u, Lanes<std::uint16_t, N>);
+  return nearest<N>(flushed<N>(v));
 }
 
 // pairs[i] = factor * x[2i] and factor * x[2i + 1], rounded.  The last number of an odd n is paired with 0.  Possibly in
