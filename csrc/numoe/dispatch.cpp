@@ -218,7 +218,7 @@ void renormalize_kept_backward(MatrixView<const T> weights, MatrixView<const std
 }
 
 template <class T>
-void add_to_tokens(MatrixView<const T> rows, const DispatchView& dispatch, Index first, const T* weights,
+void add_to_tokens(MatrixView<const T> rows, const DispatchView& dispatch, Index first, const T* weights, bool y_is_new,
                    MatrixView<T> y) {
   const auto tokens = dispatch.row_token.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows.rows));
   const RowsOfTokens rows_of(tokens, y.rows);
@@ -226,6 +226,7 @@ void add_to_tokens(MatrixView<const T> rows, const DispatchView& dispatch, Index
   const Index tokens_per_task = std::max<Index>(1, numbers_per_task / std::max<Index>(1, numbers));
   parallel_ranges(y.rows, tokens_per_task, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {  // whose sum stays in a cache while its rows come
+      if (y_is_new) std::fill_n(y.row(t), y.cols, T(0));
       for (const std::int32_t r : rows_of[t]) {
         kernels<T>().axpy(y.cols, weights ? weights[first + r] : T(1), rows.row(r), y.row(t));
       }
@@ -239,10 +240,7 @@ void combine(MatrixView<const T> rows, const DispatchView& dispatch, MatrixView<
   for (Index r = 0; r < weights_of_rows.size(); ++r) {
     weights_of_rows[r] = weights.data[dispatch.row_assignment[static_cast<std::size_t>(r)]];
   }
-  parallel_ranges(y.rows, 256, [&](Index begin, Index end) {
-    for (Index t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, T(0));
-  });
-  add_to_tokens(rows, dispatch, 0, weights_of_rows.data(), y);
+  add_to_tokens(rows, dispatch, 0, weights_of_rows.data(), true, y);
 }
 
 template <class T>
@@ -268,7 +266,7 @@ void combine_backward(MatrixView<const T> dy, MatrixView<const T> rows, const Di
   template void renormalize_kept(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<T>);               \
   template void renormalize_kept_backward(MatrixView<const T>, MatrixView<const std::int32_t>, T, MatrixView<const T>, \
                                           MatrixView<T>);                                                              \
-  template void add_to_tokens(MatrixView<const T>, const DispatchView&, Index, const T*, MatrixView<T>);               \
+  template void add_to_tokens(MatrixView<const T>, const DispatchView&, Index, const T*, bool, MatrixView<T>);         \
   template void combine(MatrixView<const T>, const DispatchView&, MatrixView<const T>, MatrixView<T>);                 \
   template void combine_backward(MatrixView<const T>, MatrixView<const T>, const DispatchView&, MatrixView<const T>,   \
                                  MatrixView<T>, MatrixView<T>);

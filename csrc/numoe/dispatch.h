@@ -60,9 +60,9 @@ void renormalize_kept_backward(MatrixView<const T> weights, MatrixView<const std
                                MatrixView<const T> dout, MatrixView<T> dweights);
 
 // y[t] += Σ over t's rows, ascending, of weight * row, where rows are those of the dispatch from `first` on; weights are
-// all of its rows', or absent for weight 1.
+// all of its rows', or absent for weight 1.  A new y counts as 0.
 template <class T>
-void add_to_tokens(MatrixView<const T> rows, const DispatchView& dispatch, Index first, const T* weights,
+void add_to_tokens(MatrixView<const T> rows, const DispatchView& dispatch, Index first, const T* weights, bool y_is_new,
                    MatrixView<T> y);
 // y[t] = Σ over t's rows, ascending, of weight * rows[row]; `weights` (T, K), or absent for weight 1.
 template <class T>

@@ -43,7 +43,6 @@ class Backward : Pipeline<Compute<S>> {
   }
 
   void run() {
-    clear(grads_.x);
     if (grads_.weights) std::fill_n(grads_.weights.data, grads_.weights.rows * grads_.weights.cols, T(0));
     if (grads_.store == GradStore::overwrite) clear_idle_experts();
     const Destination<T> to{.sums = grads_.x,

@@ -78,7 +78,6 @@ class Forward : Pipeline<T> {
   }
 
   void run(ExpertCache<T> cache, MatrixView<T> result) const {
-    if (combined_) clear(result);
     for (const MatrixView<T>& pre : {cache.gate, cache.up}) touch_pages(pre.data, pre.rows * pre.cols);
     Destination<T> to{.weights = this->weight_on(WeightOn::output) ? row_weight_.data() : nullptr};
     (combined_ ? to.sums : to.rows) = result;

@@ -111,7 +111,8 @@ class Pipeline {
   }
 
   // work(range, destination) for ranges that are all experts with rows, whose products need so many numbers for each row;
-  // what it brings to the destination comes to where `to` says.  Threads work apart on experts with `rows_apart` on average.
+  // what it brings to the destination comes to where `to` says, whose sums start from 0.  Threads work apart on experts with
+  // `rows_apart` on average.
   template <class Work>
   void for_ranges(Index numbers_per_row, Index rows_apart, const Destination<T>& to, Work work) const {
     constexpr Index number = sizeof(T), megabyte = Index{1} << 20;
@@ -121,15 +122,19 @@ class Pipeline {
     // Of rows that stay in a cache.  Several threads meet a few times in each range, which costs more than a cache that is
     // farther away.
     const Index cache = (threads > 1 ? std::min<Index>(4 * threads, 32) : 1) * megabyte;
+    bool sums_are_new = true;
     for (const ExpertRange& range : cut(all_experts(dispatch_), dispatch_, D_ * number, waiting)) {
       const std::vector<Index> experts = heaviest_first(range, dispatch_);
       const bool many_rows = rows_of(range) >= rows_apart * static_cast<Index>(experts.size());
       if (threads > 1 && many_rows && share_out_evenly(experts, dispatch_, threads)) {
-        work_apart(range, experts, to, work);
+        work_apart(range, experts, to, sums_are_new, work);
       } else {
+        if (sums_are_new) clear(to.sums);
         for (const ExpertRange& part : cut(range, dispatch_, numbers_per_row * number, cache)) work(part, to);
       }
+      sums_are_new = false;
     }
+    if (sums_are_new) clear(to.sums);
   }
 
   // Columns from `col` on of expert e's rows at the destination, if it has rows of their own.
@@ -181,7 +186,7 @@ class Pipeline {
   // Sums get their rows afterwards, in order.
   template <class Work>
   void work_apart(const ExpertRange& range, const std::vector<Index>& experts, const Destination<T>& to,
-                  Work work) const {
+                  bool sums_are_new, Work work) const {
     Destination<T> rows_of_experts = to;
     rows_of_experts.sums = {};
     const Index pitch = staged_pitch<T>(D_), size = rows_of(range) * pitch;
@@ -196,8 +201,8 @@ class Pipeline {
     });
     if (!to.sums) return;
     const Index first = dispatch_.begin(range.begin);
-    add_to_tokens<T>(rows_of_experts.rows.row_range(first, first + rows_of(range)), dispatch_, first, to.weights,
-                     to.sums);
+    const MatrixView<const T> rows_of_range = rows_of_experts.rows.row_range(first, first + rows_of(range));
+    add_to_tokens(rows_of_range, dispatch_, first, to.weights, sums_are_new, to.sums);
   }
 
  protected:
