@@ -159,8 +159,8 @@ class Forward : Pipeline<T> {
         const auto now = some_panels(gate, j, at_once), beside = some_panels(up, j, at_once);
         const auto later = panels_after(gate, j, at_once, pass.end < x.tiles.count());
         const Index count = now.count;
-        multiply_panels(stage, x, pass, now, glu ? beside : later, pre);
-        if (glu) multiply_panels(stage, x, pass, beside, later, linear);
+        multiply_panels(stage, x, pass, now, glu ? beside : later, Sums<T>::side_by_side(pre, height));
+        if (glu) multiply_panels(stage, x, pass, beside, later, Sums<T>::side_by_side(linear, height));
         const Columns here{e, col + j * W_, std::min(count * W_, cols - j * W_), first, height};
         finish(here, pre, glu ? bias_.gate : bias_.up, glu ? cache.gate : cache.up);
         if (glu) finish(here, linear, bias_.up, cache.up);

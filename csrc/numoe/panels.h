@@ -31,6 +31,23 @@ struct PackedRows {
   const T* tile(Index i, Index k = 0) const { return data + tiles.begin(i) * size + k * tiles.height(i); }
 };
 
+// Sums of some rows and panels: those of row r in panel p are W numbers from at(p, r) on.
+template <class T>
+struct Sums {
+  T* data;
+  Index step, stride;  // from one panel to the next, from one row to the next
+
+  // [panel][rows][W]
+  static Sums side_by_side(T* data, Index rows) {
+    const Index width = kernels<T>().tile_cols;
+    return {data, rows * width, width};
+  }
+  // Columns of a matrix.
+  static Sums in(MatrixView<T> matrix) { return {matrix.data, kernels<T>().tile_cols, matrix.stride}; }
+
+  T* at(Index panel, Index row) const { return data + panel * step + row * stride; }
+};
+
 // Rows k.. of a panel as a tile reads them: of the arithmetic's type, or bfloat16 pairs.
 template <class T>
 struct PanelBlock {
@@ -91,8 +108,8 @@ class PackedPanels {
   }
   Stage stage() const { return {}; }
 
-  // c = rows · panels [j, j + count) for few tiles; c is [count][rows][W].
-  void multiply_together(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+  // c = rows · panels [j, j + count) for few tiles.
+  void multiply_together(const PackedRows<T>& rows, TileRange range, Index j, Index count, Sums<T> c) const {
     const bool beside = range.count() == 1 && count <= panels_beside(rows.tiles.height(range.begin));
     beside ? multiply_side_by_side(rows, range.begin, j, count, c) : multiply_in_turns(rows, range, j, count, c);
   }
@@ -137,12 +154,12 @@ class PackedPanels {
     return from_memory_ && std::is_same_v<S, T> && !pairs_ && rows <= few_rows && kernels<T>().few_lines_of_sums();
   }
 
-  void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, T* c) const {
+  void multiply_side_by_side(const PackedRows<T>& rows, Index tile, Index j, Index count, Sums<T> c) const {
     const Index height = rows.tiles.height(tile);
     const auto multiply = [&](auto kernel, auto* b) {
       using B = std::remove_const_t<std::remove_pointer_t<decltype(b)>>;
-      const TileArgs<T, B> args{.depth = rows.depth, .a = rows.tile(tile), .b = b, .c = c, .c_stride = W_};
-      kernel(height, args, {.panels = count, .b_step = step_, .c_step = height * W_});
+      const TileArgs<T, B> args{.depth = rows.depth, .a = rows.tile(tile), .b = b, .c = c.data, .c_stride = c.stride};
+      kernel(height, args, {.panels = count, .b_step = step_, .c_step = c.step});
     };
     const S* panel = data_ + j * step_;
     if constexpr (std::is_same_v<S, T>) {
@@ -153,12 +170,12 @@ class PackedPanels {
   }
 
   // Some k's of each panel, then the next ones, which the tiles ask for meanwhile.
-  void multiply_in_turns(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+  void multiply_in_turns(const PackedRows<T>& rows, TileRange range, Index j, Index count, Sums<T> c) const {
     constexpr Index turn = 16;
-    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    const Index first = rows.tiles.begin(range.begin);
     if constexpr (std::is_same_v<S, T>) {
-      const Neighbours neighbours{.panels = count, .b_step = step_, .c_step = size};
-      TileArgs<T> args{.b_stride = W_, .c_stride = W_, .near = turn * W_ * static_cast<Index>(sizeof(T))};
+      const Neighbours neighbours{.panels = count, .b_step = step_, .c_step = c.step};
+      TileArgs<T> args{.b_stride = W_, .c_stride = c.stride, .near = turn * W_ * static_cast<Index>(sizeof(T))};
       for (Index k = 0; k < rows.depth; k += turn) {
         args.depth = std::min(turn, rows.depth - k);
         args.store = k == 0 ? Store::overwrite : Store::accumulate;
@@ -166,7 +183,7 @@ class PackedPanels {
         for (Index i = range.begin; i < range.end; ++i) {
           const Index height = rows.tiles.height(i);
           args.a = rows.tile(i, k);
-          args.c = c + (rows.tiles.begin(i) - first) * W_;
+          args.c = c.at(0, rows.tiles.begin(i) - first);
           kernels<T>().sweeping_tile(height, args, neighbours);
         }
       }
@@ -237,11 +254,11 @@ class RowMajor {
 
   // c = rows · panels [j, j + count) for tiles which sweep over some rows of the matrix from end to end and ask for
   // the rows after these.
-  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
-    const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first, size = height * W_;
+  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Sums<T> c) const {
+    const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first;
     const Sweep part = row_by_row(height) ? few_rows(height) : many_rows(rows.tiles.height(range.begin), count);
     const Index whole = std::min(count, cols_ / W_ - j);
-    TileArgs<T, S> args{.c_stride = W_, .near = part.ahead * b_.stride * static_cast<Index>(sizeof(S))};
+    TileArgs<T, S> args{.c_stride = c.stride, .near = part.ahead * b_.stride * static_cast<Index>(sizeof(S))};
     for (Index k = 0; k < rows.depth; k += part.depth) {
       args.depth = std::min(part.depth, rows.depth - k);
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
@@ -251,8 +268,8 @@ class RowMajor {
         for (Index i = range.begin; i < range.end; ++i) {
           const Index tile = rows.tiles.height(i);
           args.a = rows.tile(i, k);
-          args.c = c + panel * size + (rows.tiles.begin(i) - first) * W_;
-          const Neighbours neighbours{.panels = panels, .b_step = W_, .c_step = size};
+          args.c = c.at(panel, rows.tiles.begin(i) - first);
+          const Neighbours neighbours{.panels = panels, .b_step = W_, .c_step = c.step};
           if constexpr (std::is_same_v<S, T>) {
             kernels<T>().sweeping_tile(tile, args, neighbours);
           } else {
@@ -345,11 +362,11 @@ class RowMajorPairs {
 
   // c = rows · panels [j, j + count) for one tile that sweeps over some rows of the matrix from end to end and asks for the
   // rows after these.
-  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
-    const Index height = rows.tiles.height(range.begin), size = height * W_;
+  void multiply_in_place(const PackedRows<T>& rows, TileRange range, Index j, Index count, Sums<T> c) const {
+    const Index height = rows.tiles.height(range.begin);
     const Index pairs_at_once = habits().row_by_row ? (height + 2) / 3 : 4;
     const Index whole = std::min(count, cols_ / W_ - j), rows_ahead = std::max<Index>(4, 2 * pairs_at_once);
-    TileArgs<T, bfloat16> args{.c_stride = W_};
+    TileArgs<T, bfloat16> args{.c_stride = c.stride};
     args.near = rows_ahead * b_.stride * static_cast<Index>(sizeof(bfloat16));
     for (Index k = 0; k < rows.depth; k += pairs_at_once) {
       args.depth = std::min(pairs_at_once, rows.depth - k);
@@ -358,8 +375,8 @@ class RowMajorPairs {
       const auto sweep = [&](const bfloat16* b, Index stride, Index panel, Index panels) {
         args.b = b;
         args.b_stride = stride;
-        args.c = c + panel * size;
-        kernels<T>().pairs.zipping_tile(height, args, {.panels = panels, .b_step = W_, .c_step = size});
+        args.c = c.at(panel, 0);
+        kernels<T>().pairs.zipping_tile(height, args, {.panels = panels, .b_step = W_, .c_step = c.step});
       };
       if (whole > 0) sweep(b_.row(2 * k) + col_ + j * W_, b_.stride, 0, whole);
       if (whole < count) sweep(last_panel(k, args.depth), W_, whole, 1);
@@ -367,12 +384,12 @@ class RowMajorPairs {
   }
 
   // c = rows · panels [j, j + count) for tiles that read pairs which were zipped before.
-  void multiply_zipped(const PackedRows<T>& rows, TileRange range, Index j, Index count, T* c) const {
+  void multiply_zipped(const PackedRows<T>& rows, TileRange range, Index j, Index count, Sums<T> c) const {
     constexpr Index depth = 128;  // pairs
     const PairKernels<T>& kernel = kernels<T>().pairs;
-    const Index first = rows.tiles.begin(range.begin), size = (rows.tiles.begin(range.end) - first) * W_;
+    const Index first = rows.tiles.begin(range.begin);
     T* const panels = scratch<T, Slot::passing>(count * pitch(depth));
-    TileArgs<T> args{.c_stride = W_};
+    TileArgs<T> args{.c_stride = c.stride};
     for (Index k = 0; k < rows.depth; k += depth) {
       args.depth = std::min(depth, rows.depth - k);
       args.store = k == 0 ? Store::overwrite : Store::accumulate;
@@ -381,7 +398,7 @@ class RowMajorPairs {
         args.b = panels + p * pitch(args.depth);
         for (Index i = range.begin; i < range.end; ++i) {
           args.a = rows.tile(i, k);
-          args.c = c + p * size + (rows.tiles.begin(i) - first) * W_;
+          args.c = c.at(p, rows.tiles.begin(i) - first);
           kernel.tile(rows.tiles.height(i), args);
         }
       }
@@ -433,18 +450,16 @@ class RowMajorPairs {
 
 // ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// c [rows][W] = rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range, and rows are c_stride
-// numbers apart.
+// c, of one panel, = rows · panel j, for the tiles of `range`; row 0 of c is the first row of the range.
 //
 // Arguments are changed field by field: a struct that is written in parts and copied as a whole would wait for every
 // store before it, streamed ones included.
 template <class T, class S>
-void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, T* c,
-                    Index c_stride) {
+void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPanels<T, S>& source, Index j, Sums<T> c) {
   const Kernels<T>& kernel = kernels<T>();
   const Index first = rows.tiles.begin(range.begin), n = range.count();
-  TileArgs<T> wide{.c_stride = c_stride};
-  TileArgs<T, bfloat16> narrow{.c_stride = c_stride};
+  TileArgs<T> wide{.c_stride = c.stride};
+  TileArgs<T, bfloat16> narrow{.c_stride = c.stride};
   const Index most_depth = source.block_depth(rows.tiles.height(range.begin));
   for (Index k = 0; k < rows.depth; k += most_depth) {
     const Index depth = std::min(most_depth, rows.depth - k);
@@ -457,7 +472,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       const char* share = static_cast<const char*>(shares.first.at);
       for (Index i = range.begin; i < range.end; ++i, share += shares.bytes) {
         args.a = rows.tile(i, k);
-        args.c = c + (rows.tiles.begin(i) - first) * c_stride;
+        args.c = c.at(0, rows.tiles.begin(i) - first);
         args.ahead.at = share;
         tile(rows.tiles.height(i), args);
       }
@@ -493,11 +508,9 @@ struct BlockOfPanels {
 // c = rows · staged panels; the tiles carry the block after theirs: of these panels, then of `next`.
 template <class T, class Source>
 void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, TileRange range, Panels<Source> panels,
-                     Panels<Source> next, T* c) {
-  const Kernels<T>& kernel = kernels<T>();
-  const Index first = rows.tiles.begin(range.begin);
-  const Index height = rows.tiles.begin(range.end) - first, size = height * kernel.tile_cols;
-  TileArgs<T> args{.c_stride = kernel.tile_cols};
+                     Panels<Source> next, Sums<T> c) {
+  const Index first = rows.tiles.begin(range.begin), height = rows.tiles.begin(range.end) - first;
+  TileArgs<T> args{.c_stride = c.stride};
   BlockOfPanels<Source> now{panels, panels.source->depth_of_block(height)};
   do {
     const BlockOfPanels<Source> coming = now.after(rows.depth, next);
@@ -509,7 +522,7 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
       panels.source->set_panel(args, staged, panels.count, p);
       for (Index i = range.begin; i < range.end; ++i) {
         args.a = rows.tile(i, now.k);
-        args.c = c + p * size + (rows.tiles.begin(i) - first) * kernel.tile_cols;
+        args.c = c.at(p, rows.tiles.begin(i) - first);
         panels.source->carrying_tile()(rows.tiles.height(i), args, stage.next_share());
       }
     }
@@ -517,15 +530,13 @@ void multiply_staged(typename Source::Stage& stage, const PackedRows<T>& rows, T
   } while (now.k != 0);
 }
 
-// c = rows · panels; c is [count][rows][W].  `next`: what the same rows are multiplied by afterwards, if anything.
+// c = rows · panels.  `next`: what the same rows are multiplied by afterwards, if anything.
 template <class T, class Source>
 void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, TileRange range, Panels<Source> panels,
-                     Panels<Source> next, T* c) {
-  const Index width = kernels<T>().tile_cols;
-  const Index size = (rows.tiles.begin(range.end) - rows.tiles.begin(range.begin)) * width;
+                     Panels<Source> next, Sums<T> c) {
   if constexpr (requires { &Source::in_place; }) {
     const Source& source = *panels.source;
-    if (source.in_place(range.count(), size / width)) {
+    if (source.in_place(range.count(), rows.tiles.begin(range.end) - rows.tiles.begin(range.begin))) {
       return source.multiply_in_place(rows, range, panels.begin, panels.count, c);
     }
     if constexpr (requires { &Source::multiply_zipped; }) {
@@ -535,9 +546,7 @@ void multiply_panels(typename Source::Stage& stage, const PackedRows<T>& rows, T
   } else if (panels.count > 1) {
     panels.source->multiply_together(rows, range, panels.begin, panels.count, c);
   } else {
-    for (Index p = 0; p < panels.count; ++p) {
-      multiply_panel(rows, range, *panels.source, panels.begin + p, c + p * size, width);
-    }
+    multiply_panel(rows, range, *panels.source, panels.begin, c);
   }
 }
 
@@ -551,31 +560,24 @@ void for_passes(const RowTiles& row_tiles, Body body) {
 }
 
 // use(row, col, sums) for every panel of rows · source, `cols` columns: `sums` are those of rows [row, ..) and columns
-// [col, ..).  If there is a `result`, they lie where they belong in it, or in scratch where only that is fast.
+// [col, ..), where they belong in the `result`, if there is one and it has room for whole panels.
 template <class T, class Source, class Use>
 void for_panels(const PackedRows<T>& rows, const Source& source, Index cols, MatrixView<T> result, Use use) {
-  constexpr bool packed = !requires { &Source::in_place; };  // sums are written once for some hundred k's
   const Index width = kernels<T>().tile_cols;
   auto stage = source.stage();
   for_passes(rows.tiles, [&](TileRange pass) {
     const Index row = rows.tiles.begin(pass.begin), height = rows.tiles.begin(pass.end) - row;
     const Index at_once = source.panels_at_once(pass.count(), height);
     const bool again = pass.end < rows.tiles.count();
-    T* sums = scratch<T, Slot::sums>(at_once * height * width);
+    T* const elsewhere = scratch<T, Slot::sums>(at_once * height * width);
     for (Index j = 0; j * width < cols; j += at_once) {
-      if constexpr (packed) {
-        if (result && at_once == 1 && (j + 1) * width <= cols) {
-          const MatrixView<T> here{result.row(row) + j * width, height, width, result.stride};
-          multiply_panel(rows, pass, source, j, here.data, here.stride);
-          use(row, j * width, here);
-          continue;
-        }
-      }
-      multiply_panels(stage, rows, pass, some_panels(source, j, at_once), panels_after(source, j, at_once, again),
-                      sums);
-      for (Index p = 0; p < at_once && (j + p) * width < cols; ++p) {
+      const Panels<Source> now = some_panels(source, j, at_once);
+      const bool fits = result && (j + now.count) * width <= cols;
+      const auto sums = fits ? Sums<T>::in(result.from(row, j * width)) : Sums<T>::side_by_side(elsewhere, height);
+      multiply_panels(stage, rows, pass, now, panels_after(source, j, at_once, again), sums);
+      for (Index p = 0; p < now.count; ++p) {
         const Index col = (j + p) * width;
-        use(row, col, MatrixView<T>{sums + p * height * width, height, std::min(width, cols - col), width});
+        use(row, col, MatrixView<T>{sums.at(p, 0), height, std::min(width, cols - col), sums.stride});
       }
     }
   });
