@@ -51,6 +51,8 @@ def valid_calls() -> dict[str, list[Any]]:
     narrow = {n: v if n == "w_router" else v.astype("bfloat16").view(np.uint16) for n, v in layer.params.items()}
     return {
         "line_aligned_zeros": [(2, 3), np.dtype("f4")],
+        "widened": [np.arange(6, dtype=np.uint16)],
+        "rounded": [X],
         "router_logits": [X, w, w[0]],
         "router_logits_backward": [LOGITS, X, w],
         "route": [LOGITS, chosen, w[0], mask],

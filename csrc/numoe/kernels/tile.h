@@ -192,7 +192,7 @@ void sweeping_tile_of_height(const TileArgs<T, B>& args, const Neighbours& neigh
 }
 
 // Few, because pairing takes registers, and experts of more rows had better be paired once for all tiles.
-constexpr int most_zipping_rows = 8;
+constexpr int most_zipping_rows = 9;
 template <int N, int R>
 void zipping_tile_of_height(const TileArgs<float, bfloat16>& args, const Neighbours& neighbours) {
   using Half = Lanes<std::uint16_t, 2 * N>;
