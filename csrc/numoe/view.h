@@ -43,7 +43,7 @@ struct MatrixView {
 
   T* row(Index i) const { return data + i * stride; }
   MatrixView row_range(Index begin, Index end) const { return {row(begin), end - begin, cols, stride}; }
-  MatrixView from(Index i, Index j) const { return {row(i) + j, rows - i, cols - j, stride}; }
+  MatrixView from(Index i, Index j) const { return {row(i) + j, rows - i, cols - j, stride}; }  // rows i.., columns j..
   T& operator()(Index i, Index j) const { return data[i * stride + j]; }
   operator MatrixView<const T>() const { return {data, rows, cols, stride}; }
   explicit operator bool() const { return data != nullptr; }  // false: an optional matrix that is absent
