@@ -84,7 +84,7 @@ def functions() -> tuple[Function, ...]:
     for line in output_of("objdump", "-d", "--no-show-raw-insn", _core.__file__).splitlines():
         if start := re.match(r"([0-9a-f]+) <", line):
             body = bodies.setdefault(int(start[1], 16), [])
-        elif found := re.match(r"\s+([0-9a-f]+):\t(\S+) *(.*)", line):
+        elif found := re.match(r"\s+([0-9a-f]+):\t(?:cs )*(\S+) *(.*)", line):  # cs: assemblers pad with it
             body.append(Instruction(int(found[1], 16), found[2], found[3]))
     found_names = [(*names.get(address, ("", hex(address))), code) for address, code in bodies.items()]
     return tuple(Function(name, file, tuple(code)) for file, name, code in found_names)

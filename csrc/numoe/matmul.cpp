@@ -14,11 +14,12 @@ bool whole_lines(MatrixView<T> c) {
 }
 
 // Whether large results had better go past the caches.  Few lines of sums leave by ordinary stores as fast as memory takes
-// them (streaming the 6 lines of an AVX2 tile took 1.4 times as long, Zen 3); many hold up what comes after them (28 lines
-// of AVX-512, Skylake).
+// them (streaming the 6 lines of an AVX2 tile took 1.4 times as long, Zen 3); so do those of many that would go at once on
+// some CPUs (28 lines of AVX-512: 1.3-1.6 times as long for 4 to 48 rows, Cascade Lake).  Otherwise they hold up what comes
+// after them.
 template <class T>
-bool pays_to_stream() {
-  return !kernels<T>().few_lines_of_sums();
+bool pays_to_stream(bool carried) {
+  return !kernels<T>().few_lines_of_sums() && (carried || habits().bursts_past_caches);
 }
 
 // Whether a tile of `depth` k's can carry the sums of another: a line with every two k's.
@@ -139,8 +140,9 @@ void multiply_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange range,
   T* packed = sums + 2 * height * width;
   pack_tiles(a, tiles, range, depth, packed);
   const PackedRows<T> rows{packed - first * depth, tiles, depth, depth};
-  if (store == Store::stream && !(pays_to_stream<T>() && whole_lines(c))) store = Store::overwrite;
-  if (store == Store::stream && tiles_can_carry<T>(depth)) {
+  const bool carried = tiles_can_carry<T>(depth);
+  if (store == Store::stream && !(pays_to_stream<T>(carried) && whole_lines(c))) store = Store::overwrite;
+  if (store == Store::stream && carried) {
     return stream_tiles(rows, range, b_panels, sums, c.row_range(first, first + height));
   }
   sweep_all_tiles(kernels<T>().sweeping_tile, rows, range, b_panels, sums, store, c);
@@ -154,7 +156,7 @@ void multiply_zipped_tiles(const Operand<T>& a, const RowTiles& tiles, TileRange
   T* sums = scratch<T, Slot::sums>(height * (width + size));
   T* packed = sums + height * width;
   pack_zipped_tiles(a, rows, tiles, range, packed);
-  if (store == Store::stream && !(pays_to_stream<T>() && whole_lines(c))) store = Store::overwrite;
+  if (store == Store::stream && !(pays_to_stream<T>(false) && whole_lines(c))) store = Store::overwrite;
   const PackedRows<T> pairs{packed - first * size, tiles, size, size};
   sweep_all_tiles(kernels<T>().pairs.sweeping_tile, pairs, range, b_panels, sums, store, c);
 }

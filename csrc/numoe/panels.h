@@ -18,6 +18,7 @@ namespace numoe {
 constexpr Index block_depth = 512;  // × W numbers: 64 KB of float32 panels with 32 columns, half a small L2 cache
 
 constexpr Index one_memory_away = 8192;  // bytes that a tile reads while a line comes from a busy memory
+constexpr Index one_cache_away = 1024;   // and from the L2
 
 // Rows of a left operand, packed: tile i is as the kernels want it, from data + begin(i) * size, and so are its k's from
 // each block's first on.  With pairs of bfloat16, `depth` counts them.
@@ -119,6 +120,9 @@ class PackedPanels {
     constexpr Index of_many_passes = 128;
     return passes(rows) > 2 ? of_many_passes : numoe::block_depth;
   }
+  // Whether the first of so few tiles may wait for memory: a request into the L1 would take the place of those that are on
+  // their way.
+  bool first_waits(Index tiles) const { return std::is_same_v<S, T> && tiles <= 6; }
   // What the first of `tiles` tiles asks for while it multiplies rows [k, k + depth) of panel j: its share of the next block,
   // which lies behind this one; if nothing passes over this one again, what it reads itself.  The share of the next tile
   // is as large and lies behind this one.
@@ -132,7 +136,7 @@ class PackedPanels {
     const S* next = tiles * passes(height) > 1 ? here + depth * W_ : here + one_memory_away / number;
     const Index bytes = std::min(depth * W_, end_ - next) * number / tiles;
     if (bytes <= 0) return {};
-    return {Ahead::spread(next, bytes, passes(height) * depth), bytes};
+    return {Ahead::spread(next, bytes, passes(height) * depth, habits().request), bytes};
   }
 
  private:
@@ -244,11 +248,13 @@ class RowMajor {
     if constexpr (std::is_same_v<S, T>) {
       args.b = staged + p * W_;
       args.b_stride = pitch;
+      args.near = 8 * pitch * static_cast<Index>(sizeof(T));
     } else {
       T* widened = scratch<T, Slot::panel>(args.depth * W_);
       kernels<T>().widen(args.depth, W_, staged + p * W_, pitch, widened, W_);
       args.b = widened;
       args.b_stride = W_;
+      args.near = one_cache_away;
     }
   }
 
@@ -481,6 +487,7 @@ void multiply_panel(const PackedRows<T>& rows, TileRange range, const PackedPane
       args.ahead = shares.first;
       const char* share = static_cast<const char*>(shares.first.at);
       for (Index i = range.begin; i < range.end; ++i, share += shares.bytes) {
+        args.near = i == range.begin && source.first_waits(n) ? 0 : one_cache_away;
         args.a = rows.tile(i, k);
         args.c = c.at(0, rows.tiles.begin(i) - first);
         args.ahead.at = share;

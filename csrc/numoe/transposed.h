@@ -91,7 +91,7 @@ void multiply_transposed(const Term& term, Index first, Index count, Index last,
         height * term.matrix.cols * static_cast<Index>(sizeof(*term.matrix.data));  // of this tile's rows
     Index steps = args.depth;
     if constexpr (Term::pairs) steps *= kernel.passes(height);
-    args.ahead = Ahead::spread(term.matrix.row(begin + height), bytes, steps);
+    args.ahead = Ahead::spread(term.matrix.row(begin + height), bytes, steps, Carry::line);
     kernel.unpacked_tile(height, args, neighbours, last);
   }
 }

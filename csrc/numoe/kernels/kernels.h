@@ -46,11 +46,11 @@ struct Ahead {
   Index lines = 0;  // addresses to ask for with each k_at_once k's
   Index step = 0;   // bytes from one of them to the next
 
-  // `bytes` from `at` on, while `depth` k's are multiplied.
-  static Ahead spread(const void* at, Index bytes, Index depth) {
+  // `bytes` from `at` on, while `depth` k's are multiplied; a request brings so many bytes.
+  static Ahead spread(const void* at, Index bytes, Index depth, Index request) {
     const Index times = depth / k_at_once;
     if (times == 0) return {};
-    const Index each = bytes / times, lines = (each + Carry::line - 1) / Carry::line;
+    const Index each = bytes / times, lines = (each + request - 1) / request;
     return {at, lines, lines > 0 ? each / lines : 0};
   }
 };
@@ -66,7 +66,7 @@ struct TileArgs {
   T* c = nullptr;  // row r starts at c + r * c_stride
   Index c_stride = 0;
   Store store = Store::overwrite;
-  Index near = 1024;  // tiles that sweep, or carry past the caches: how many bytes further b is asked for
+  Index near = 1024;  // how many bytes further b is asked for, if the tile does so: 0 if not
   Ahead ahead = {};   // tiles that neither sweep nor carry
 };
 
@@ -221,8 +221,10 @@ struct Habits {
   Index rows_of_a_sweep = 64;          // of a row-major matrix, by high tiles
   Index tiles_on_matrices = 8;         // high tiles that read a row-major matrix where it is
   bool row_by_row = false;             // prefetchers follow one row of a matrix far better than several
+  Index request = Carry::line;         // bytes that memory sends when one of them is asked for
   Index lines_ahead = 64;              // a line that goes to a stage is asked for so many lines before
   Route to_stage = Route::through_l2;  // and into which cache
+  bool bursts_past_caches = true;      // a tile's sums go there quickly even if they go at once
   bool half_vectors = true;            // half a 64-byte vector is multiplied in half the time
 };
 const Habits& habits();  // of this CPU, or of one for which the table in use stands

@@ -48,6 +48,14 @@ bool is_intel() {
   return false;
 #endif
 }
+// Skylake's server cores and those after them up to the first with bfloat16 products.
+bool is_skylake() {
+#if defined(NUMOE_X86)
+  return is_intel() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 // Zen 5 and what came after it: AMD's families from 1Ah on, which older compilers do not know by name.
 bool is_zen5() {
 #if defined(NUMOE_X86)
@@ -110,6 +118,12 @@ const KernelTable& kernel_table() {
 const Habits& habits() {
   static constexpr Habits usual{};
   static constexpr Habits intel{.streams = 1, .rows_of_a_sweep = 16, .tiles_on_matrices = 2};
+  static constexpr Habits skylake{.streams = 1,
+                                  .rows_of_a_sweep = 16,
+                                  .tiles_on_matrices = 2,
+                                  .request = 2 * Carry::line,
+                                  .bursts_past_caches = false,
+                                  .half_vectors = false};
   static constexpr Habits zen5{.tiles_on_matrices = 1,
                                .row_by_row = true,
                                .lines_ahead = 128,
@@ -120,7 +134,7 @@ const Habits& habits() {
     if (table == &emulated_amx_bf16_table) return intel;
     if (table == &emulated_avx512_bf16_table) return zen5;
     if (table == &emulated_avx512_table || table == &emulated_avx2_table) return usual;
-    return is_intel() ? intel : is_zen5() ? zen5 : usual;
+    return is_intel() ? (is_skylake() ? skylake : intel) : is_zen5() ? zen5 : usual;
   }();
   return here;
 }
