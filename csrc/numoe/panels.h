@@ -133,10 +133,12 @@ class PackedPanels {
   Shares ahead(Index j, Index k, Index depth, Index tiles, Index height) const {
     constexpr Index number = sizeof(S);
     const S* here = data_ + j * step_ + k * W_;
-    const S* next = tiles * passes(height) > 1 ? here + depth * W_ : here + one_memory_away / number;
+    const bool again = tiles * passes(height) > 1;
+    const S* next = again ? here + depth * W_ : here + one_memory_away / number;
     const Index bytes = std::min(depth * W_, end_ - next) * number / tiles;
     if (bytes <= 0) return {};
-    return {Ahead::spread(next, bytes, passes(height) * depth, habits().request), bytes};
+    const Index request = again ? habits().request : Carry::line;  // line by line, the CPU's prefetchers go along
+    return {Ahead::spread(next, bytes, passes(height) * depth, request), bytes};
   }
 
  private:
