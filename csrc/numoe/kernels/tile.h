@@ -309,7 +309,7 @@ template <class Elements, class T, int N, int R, int cols>
   right.start(c + N, args.c_stride, args.store);
   rest.start(c + whole, args.c_stride, args.store);
   constexpr bool sparing = spares_instructions<Elements, Lanes<T, N>> && cols > N;
-  const auto ask = [&]() __attribute__((always_inline)) {
+  const auto ask = [&]() __attribute__((always_inline)) {  // sparing, for every second line: memory sends two
 #pragma GCC unroll 4
     for (Index line = 0; line < most; line += sparing ? 2 * Carry::line : Carry::line)
       __builtin_prefetch(ahead + line, 0, 2);
